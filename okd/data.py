@@ -1,0 +1,294 @@
+"""Examples in, training batches out: read, tokenise with a response mask, split, collate.
+
+A mask that is off by one still trains, only worse. So masks are cut from the rendered text, never searched for among
+token ids, and every example that is shortened or left out is counted and named.
+
+An example is a dict of one of three shapes, with an optional "id":
+    {"messages": [{"role", "content"}, ...]}     {"prompt": str, "completion": str}     {"text": str}
+A row is an example ready to train on, its labels not shifted: {"id": str, "input_ids": list[int], "labels": list[int]}
+
+Shapes: B rows in a batch, T tokens in the longest, N positions whose next token is a response token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The examples of a JSON lines file, each with a string `id`: its own, else "<file name>:<line number>".
+
+    Blank lines are skipped. Raises FileNotFoundError, or a ValueError that names the file and the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a JSON lines file, got no file of that name; check the path")
+    examples = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            example = json.loads(line)
+        except ValueError as error:  # no JSON, or no UTF-8
+            got = _excerpt(line.decode(errors="replace"))
+            raise ValueError(f"{path}:{number}: expected a JSON object, got {got} ({error}); correct it") from None
+        try:
+            _shape(example)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        examples.append({**example, "id": _id(example, default=f"{path.name}:{number}")})
+    if not examples:
+        raise ValueError(f"{path}: expected at least one example, got an empty file; write one JSON object on a line")
+    return examples
+
+
+@dataclass
+class Encoded:
+    """What `encode` made of its examples: the rows, and the ids of those it shortened or left out."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    truncated: list[str] = field(default_factory=list)  # ids of rows cut to max_length
+    skipped: dict[str, list[str]] = field(default_factory=dict)  # reason -> ids of examples left out
+
+    def summary(self) -> str:
+        """One line for the log: "3 examples, 40 tokens (12 response); truncated 1; skipped 1 for a reason (its id)"."""
+        tokens = sum(len(row["labels"]) for row in self.rows)
+        response = sum(label != IGNORE for row in self.rows for label in row["labels"])
+        parts = [f"{len(self.rows):,} examples, {tokens:,} tokens ({response:,} response)"]
+        if self.truncated:
+            parts.append(f"truncated {len(self.truncated):,}")
+        for reason, ids in self.skipped.items():
+            parts.append(f"skipped {len(ids):,} {reason} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})")
+        return "; ".join(parts)
+
+
+def encode(
+    examples: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    chat_template: bool | None = None,
+) -> Encoded:
+    """Rows whose labels equal input_ids on response tokens and -100 elsewhere, cut on the right to max_length.
+
+    chat_template
+        True   "messages" and "prompt" + "completion" are rendered with the tokenizer's chat template; the response is
+               every assistant turn with its end-of-turn token
+        False  [bos] + prompt + completion + eos; the response is completion + eos
+        None   True if the tokenizer has a chat template, else False
+    "text" is never rendered: [bos] + text + eos is all response. Rows pass through, under the same rules.
+
+    Raises ValueError naming the example that cannot be encoded, or if no example has a response token.
+    """
+    if chat_template and not tokenizer.chat_template:
+        raise ValueError(
+            "expected a tokenizer with a chat template because of chat_template=True, got one without; "
+            "set tokenizer.chat_template, or pass chat_template=False for raw text"
+        )
+    render = bool(tokenizer.chat_template) if chat_template is None else chat_template
+    if render and not tokenizer.is_fast:
+        raise ValueError(
+            f"expected a fast tokenizer, whose character offsets cut the mask, got {type(tokenizer).__name__}; "
+            "load one with AutoTokenizer.from_pretrained"
+        )
+    encoded = Encoded()
+    for index, example in enumerate(examples):
+        name = _id(example, default=f"#{index}")
+        try:
+            input_ids, labels = _encode_one(example, tokenizer, render)
+        except (ValueError, jinja2.TemplateError) as error:
+            raise ValueError(f"example {name}: {error}") from error
+        cut = len(input_ids) > max_length
+        input_ids, labels = input_ids[:max_length], labels[:max_length]
+        labels[:1] = [IGNORE]  # no position comes before the first token to predict it
+        if all(label == IGNORE for label in labels):
+            reason = f"without response token in the first {max_length:,}" if cut else "without response token"
+            encoded.skipped.setdefault(reason, []).append(name)
+            continue
+        if cut:
+            encoded.truncated.append(name)
+        encoded.rows.append({"id": name, "input_ids": input_ids, "labels": labels})
+    if not encoded.rows:
+        raise ValueError(
+            f"expected at least one example with a response token, got {encoded.summary()}; "
+            'raise max_length, or see that the data has completions or messages of role "assistant"'
+        )
+    return encoded
+
+
+def _encode_one(
+    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, render: bool
+) -> tuple[list[int], list[int]]:
+    """(input_ids, labels) of one example, at full length."""
+    if isinstance(example, Mapping) and example.get("input_ids") is not None:
+        input_ids, labels = ([int(i) for i in example.get(key, ())] for key in ("input_ids", "labels"))
+        if len(input_ids) != len(labels):
+            raise ValueError(
+                f"expected a label for each of {len(input_ids)} tokens, got {len(labels)}; use -100 for none"
+            )
+        return input_ids, labels
+    shape = _shape(example)
+    if shape == "messages":
+        if not render:
+            raise ValueError(
+                'expected a chat template for "messages", got a tokenizer without one or chat_template=False; '
+                'set tokenizer.chat_template, or write "prompt" and "completion"'
+            )
+        return _encode_chat(example["messages"], tokenizer)
+    if shape == "text":
+        return _encode_raw("", example["text"], tokenizer)
+    prompt, completion = example["prompt"], example["completion"]
+    if not render:
+        return _encode_raw(prompt, completion, tokenizer)
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    return _encode_chat(turns, tokenizer)
+
+
+def _encode_raw(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """[bos] + prompt + response + eos. The two are tokenised apart, so that no token lies across their boundary."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("expected an eos token to end the response with, got none; set tokenizer.eos_token")
+    first = tokenizer("a")["input_ids"][:1]
+    context = first if first == [tokenizer.bos_token_id] else []  # bos, where this tokenizer puts one
+    context = context + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    answer = tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return context + answer, [IGNORE] * len(context) + answer
+
+
+def _encode_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The rendered conversation; its response tokens are those that begin in the text of an assistant turn.
+
+    A turn's text begins after the generation prompt and ends with the end-of-turn token.
+    """
+
+    def render(messages: list[dict[str, str]], **options: Any) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+    text, spans = render(messages), []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if i == 0:
+            raise ValueError('expected a message before that of role "assistant", got none; begin with a user message')
+        before, through = render(messages[:i], add_generation_prompt=True), render(messages[: i + 1])
+        if not (through.startswith(before) and text.startswith(through)):
+            raise ValueError(
+                f"expected a chat template that only appends, got one that rewrites the text before or at message {i}; "
+                "split the conversation into single-turn examples"
+            )
+        spans.append((len(before), len(through.rstrip())))  # whitespace after the end-of-turn token is the template's
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    input_ids = tokens["input_ids"]
+    labels = [
+        # `first < end`: some tokenizers trim a space before the turn to an empty range, at the turn's first character.
+        token if any(first <= start < last and first < end for first, last in spans) else IGNORE
+        for token, (start, end) in zip(input_ids, tokens["offset_mapping"], strict=True)
+    ]
+    return input_ids, labels
+
+
+def _shape(example: Mapping[str, Any]) -> str:
+    """Which of "messages", "prompt" (with "completion") and "text" the example has. Raises ValueError if none."""
+    expected = 'expected {"messages": [...]}, {"prompt": string, "completion": string} or {"text": string}'
+    if not isinstance(example, Mapping):
+        raise ValueError(f"{expected}, got {_excerpt(example)}; write an object")
+    messages = example.get("messages")
+    if messages is not None:
+        is_list = isinstance(messages, list) and len(messages) > 0
+        broken = [m for m in messages if not _has_strings(m, "role", "content")] if is_list else [messages]
+        if broken:
+            raise ValueError(
+                'expected "messages" to be a list of {"role": string, "content": string}, '
+                f"got {_excerpt(broken[0])}; correct or remove it"
+            )
+        return "messages"
+    if _has_strings(example, "prompt", "completion"):
+        return "prompt"
+    if _has_strings(example, "text"):
+        return "text"
+    raise ValueError(f"{expected}, got {_excerpt(dict(example))}; rename the fields, or make them strings")
+
+
+def _has_strings(value: Any, *keys: str) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in keys)
+
+
+def _id(example: Mapping[str, Any], default: str) -> str:
+    given = example.get("id") if isinstance(example, Mapping) else None
+    return default if given is None else str(given)
+
+
+def _excerpt(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows -> one right-padded batch: its tensors, and the response positions found on the CPU.
+
+    Returns (all tensors int64)
+        input_ids, attention_mask, labels   (B, T); padded with pad_token_id, 0, -100
+        positions                           (N,) flat indices b * T + t, in order, where labels[b, t + 1] != -100
+        targets                             (N,) those labels
+        ids                                 list of B strings
+    `hidden.flatten(0, 1)[positions]` needs no device synchronisation; indexing by a boolean mask does, to learn N.
+    Padding follows from lengths, never from ids: the pad token is often eos, which is a response token too.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pad_token_id, int):
+            raise ValueError(f"expected an int as pad_token_id, got {self.pad_token_id!r}; eos_token_id will do")
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        multiple = self.pad_to_multiple_of or 1
+        length = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
+        input_ids = torch.full((len(rows), length), self.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        labels = torch.full_like(input_ids, IGNORE)
+        for i, row in enumerate(rows):
+            n = len(row["input_ids"])
+            input_ids[i, :n] = torch.tensor(row["input_ids"])
+            attention_mask[i, :n] = 1
+            labels[i, :n] = torch.tensor(row["labels"])
+        b, t = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "positions": b * length + t,
+            "targets": labels[b, t + 1],
+            "ids": [row["id"] for row in rows],
+        }
+
+
+def split_by_hash(examples: Iterable[dict[str, Any]], held_out: float = 0.1) -> tuple[list[dict], list[dict]]:
+    """(train, held_out): an example is held out if sha256(id), as a fraction of its range, is below `held_out`.
+
+    So an example stays on its side whatever else is added, and stays held out when the fraction grows.
+    """
+    if not 0 <= held_out <= 1:
+        raise ValueError(f"expected held_out to be a fraction in [0, 1], got {held_out}; pass 0.1 for a tenth")
+    sides: tuple[list[dict], list[dict]] = ([], [])
+    for example in examples:
+        if example.get("id") is None:
+            raise ValueError(f'expected an "id" to split by, got {_excerpt(example)}; give each example a lasting one')
+        digest = hashlib.sha256(str(example["id"]).encode()).digest()
+        sides[int.from_bytes(digest, "big") / 2**256 < held_out].append(example)
+    return sides

@@ -1,0 +1,22 @@
+"""Fused knowledge-distillation losses from hidden states and head weights, for the student and for the teacher."""
+
+from okd_kernels.divergences import DIVERGENCES, Divergence, Objective
+from okd_kernels.heads import LinearHead
+from okd_kernels.linear_distillation import (
+    DistillationLoss,
+    LinearDistillationLoss,
+    distillation_loss,
+    linear_distillation_loss,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "DIVERGENCES",
+    "DistillationLoss",
+    "Divergence",
+    "LinearDistillationLoss",
+    "LinearHead",
+    "Objective",
+    "distillation_loss",
+    "linear_distillation_loss",
+]

@@ -1,0 +1,137 @@
+"""The chunk loop: two GEMMs to logits, one row kernel, the backward GEMMs.
+
+A chunk's logits live in two buffers that are allocated once. The row backend overwrites them with gradients, which feed
+the backward GEMMs right away: the forward pass makes the gradients, no GEMM is done twice, and the memory beyond inputs
+and returned gradients does not grow with N.
+
+Shapes: N tokens, V vocabulary, D hidden size of either model, c rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from okd_kernels.divergences import Objective
+from okd_kernels.rows import Side
+from okd_kernels.torch_rows import torch_rows
+
+CPU_WIDENING_BLOCK = 4096  # head rows that are widened to fp32 at a time where the CPU's operands are 16-bit
+
+
+class Model(NamedTuple):
+    """One side's operands, and the gradients to fill (None: not wanted)."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+    objective: Objective | None
+    scale: Tensor  # () factor of the gradients
+    grad_hidden: Tensor | None  # (N, D), hidden's dtype
+    grad_weight: Tensor | None  # (V, D), fp32 or wider; zero beyond vocab_size
+    grad_bias: Tensor | None  # (V,), likewise
+
+    @property
+    def learns(self) -> bool:
+        return any(gradient is not None for gradient in (self.grad_hidden, self.grad_weight, self.grad_bias))
+
+
+def row_backend(name: str) -> Callable[..., None]:
+    """`torch_rows`, or Triton's, imported only here since Triton is optional."""
+    if name == "torch":
+        return torch_rows
+    from okd_kernels.row_kernel import triton_rows
+
+    return triton_rows
+
+
+def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = hidden @ weight.T, `out` being fp32 also for 16-bit operands: 16-bit logits would ruin the gradients."""
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, weight.t(), out=out)
+    elif hidden.device.type == "cuda":
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    else:  # the CPU has no GEMM with a wider output; widening the weight a block at a time keeps it small
+        hidden = hidden.to(out.dtype)
+        blocks = weight.split(CPU_WIDENING_BLOCK), out.split(CPU_WIDENING_BLOCK, dim=1)
+        for block, columns in zip(*blocks, strict=True):
+            torch.mm(hidden, block.to(out.dtype).t(), out=columns)
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total (+)= a @ b, summed over chunks in total's dtype."""
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
+    elif first:
+        total.copy_(torch.mm(a, b))
+    else:
+        total.add_(torch.mm(a, b))
+
+
+def _backward(model: Model, rows: slice, gradient: Tensor, dx: Tensor | None) -> None:
+    """The backward GEMMs of one chunk; gradient: (c, V) of its logits, dx: (>= c, D) scratch."""
+    v, first = gradient.shape[1], rows.start == 0
+    if model.grad_hidden is not None and dx is not None:
+        dx = dx[: gradient.shape[0]]
+        _accumulate(dx, gradient, model.weight[:v], first=True)
+        torch.mul(dx, model.scale, out=model.grad_hidden[rows])
+    if model.grad_weight is not None:
+        _accumulate(model.grad_weight[:v], gradient.t(), model.hidden[rows], first)
+    if model.grad_bias is not None:
+        total = gradient.sum(0, dtype=model.grad_bias.dtype)
+        model.grad_bias[:v] = total if first else model.grad_bias[:v] + total
+
+
+def chunk_rows(n: int, row_bytes: int, workspace_bytes: int) -> int:
+    """Rows of a chunk: as many as the workspace holds, evened out so that the last chunk is no remnant."""
+    most = max(1, min(n, workspace_bytes // row_bytes))
+    chunks = -(-n // most)
+    return -(-n // chunks)
+
+
+def run_chunks(
+    models: tuple[Model, Model],  # student, teacher
+    labels: Tensor | None,  # (N,) int64, negative: ignored
+    row_scales: Tensor,  # (N, 2) factor of each row's gradients, in the chunk already: they feed 16-bit GEMMs
+    losses: Tensor,  # (N, 2): written
+    statistics: Tensor,  # (N, len(STATISTICS)): written
+    *,
+    temperature: float,
+    vocab_size: int,
+    workspace_bytes: int,
+    backend: str,
+) -> None:
+    """Losses, statistics and gradients of N >= 1 tokens. No host synchronisation."""
+    n, work = losses.shape[0], row_backend(backend)
+    width = -(-vocab_size // 16) * 16  # rows start at multiples of 64 bytes, whatever the vocabulary
+    chunk = chunk_rows(n, 2 * width * losses.element_size(), workspace_bytes)
+    buffers = [losses.new_empty(chunk, width) for _ in models]
+    scratch = [None if m.grad_hidden is None else losses.new_empty(chunk, m.hidden.shape[1]) for m in models]
+    for start in range(0, n, chunk):
+        rows = slice(start, min(start + chunk, n))
+        sides = []
+        for model, buffer in zip(models, buffers, strict=True):
+            logits = buffer[: rows.stop - rows.start]
+            _project(model.hidden[rows], model.weight[:vocab_size], out=logits[:, :vocab_size])
+            # In place: a 16-bit gradient takes the first half of its row.
+            gradient = logits.view(model.hidden.dtype)[:, :width] if model.learns else None
+            sides.append(Side(logits, model.objective, gradient, model.bias, model.logit_scale, model.softcap))
+        work(
+            *sides,
+            None if labels is None else labels[rows],
+            row_scales[rows],
+            losses[rows],
+            statistics[rows],
+            vocab_size=vocab_size,
+            temperature=temperature,
+        )
+        for model, side, dx in zip(models, sides, scratch, strict=True):
+            if side.gradient is not None:
+                _backward(model, rows, side.gradient[:, :vocab_size], dx)

@@ -1,0 +1,270 @@
+"""Divergences between a distribution that learns and one that is held still.
+
+Everything a divergence is to this library is one entry of `DIVERGENCES`: its pointwise term `l` and the slope
+`g = dl / d(log q)`, once in PyTorch and once in Triton. Chunks, padding, log-sum-exps, GEMMs, autograd and the
+question which model plays which part are written elsewhere, once for all of them.
+
+Notation: `q` is the *learner* (the model that receives the gradient), `p` the *target* (held still).
+
+    D = sum_v l_v            dD/dz_v = (g_v - q_v * sum_u g_u) / T            z: the learner's logits
+
+The terms are written in Bregman form: `-p + q` and the like are added where they sum to zero over the vocabulary.
+Each term is then nonnegative, and an error of the log-sum-exp enters the value in second order only, so that a KL of
+1e-4 is right to many digits in fp32 (the textbook form loses it to cancellation and may come out negative).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit: Callable = triton.jit
+except ImportError:  # macOS, Windows: the torch backend needs no rules
+
+    def jit(fn: Callable) -> None:
+        return None
+
+
+TINY = 1e-37  # floor of a mixture before its logarithm: above fp32's smallest normal number
+
+
+# --- forward KL, KL(p || q) --------------------------------------------------------------------------------------
+
+
+def _forward_kl(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+    return p * (log_p - log_q) - p + q, q - p
+
+
+@jit
+def _forward_kl_rule(log_q, log_p, q, p, a, b):
+    return p * (log_p - log_q) - p + q, q - p
+
+
+# --- reverse KL, KL(q || p) --------------------------------------------------------------------------------------
+
+
+def _reverse_kl(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+    g = q * (log_q - log_p)
+    return g - q + p, g
+
+
+@jit
+def _reverse_kl_rule(log_q, log_p, q, p, a, b):
+    g = q * (log_q - log_p)
+    return g - q + p, g
+
+
+# --- skew KL, KL(p || m), m = a p + (1 - a) q  (DistiLLM, arXiv 2402.03898, Eq. 3) ------------------------------------
+
+
+def _skew_kl(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+    m = (a * p + (1 - a) * q).clamp_min(TINY)
+    return p * (log_p - m.log()) - p + m, (1 - a) * q * (1 - p / m)
+
+
+@jit
+def _skew_kl_rule(log_q, log_p, q, p, a, b):
+    m = tl.maximum(a * p + (1 - a) * q, 1e-37)
+    return p * (log_p - tl.log(m)) - p + m, (1 - a) * q * (1 - p / m)
+
+
+# --- skew reverse KL, KL(q || m), m = (1 - a) p + a q  (DistiLLM, Eq. 4) ---------------------------------------------
+
+
+def _skew_reverse_kl(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+    m = ((1 - a) * p + a * q).clamp_min(TINY)
+    g = q * (log_q - m.log())
+    return g - q + m, g + a * q * (1 - q / m)
+
+
+@jit
+def _skew_reverse_kl_rule(log_q, log_p, q, p, a, b):
+    m = tl.maximum((1 - a) * p + a * q, 1e-37)
+    g = q * (log_q - tl.log(m))
+    return g - q + m, g + a * q * (1 - q / m)
+
+
+# --- generalised JSD, b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q  (GKD, arXiv 2306.13649, Eq. 1) ----------
+
+
+def _jsd(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+    log_m = (a * p + (1 - a) * q).clamp_min(TINY).log()
+    g = (1 - a) * q * (log_q - log_m)
+    return g + a * p * (log_p - log_m), g
+
+
+@jit
+def _jsd_rule(log_q, log_p, q, p, a, b):
+    log_m = tl.log(tl.maximum(a * p + (1 - a) * q, 1e-37))
+    g = (1 - a) * q * (log_q - log_m)
+    return g + a * p * (log_p - log_m), g
+
+
+# --- total variation, sum |p - q| / 2 ----------------------------------------------------------------------------
+
+
+def _tvd(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+    difference = q - p
+    return 0.5 * difference.abs(), 0.5 * q * difference.sign()
+
+
+@jit
+def _tvd_rule(log_q, log_p, q, p, a, b):
+    sign = tl.where(q > p, 1.0, 0.0) - tl.where(q < p, 1.0, 0.0)
+    return 0.5 * tl.abs(q - p), 0.5 * q * sign
+
+
+# --- alpha-beta divergence  (ABKD, arXiv 2505.04560; Cichocki et al. 2011, Eq. 20) -----------------------------------
+
+
+def _alpha_beta(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+    p_a, q_b = (a * log_p).exp(), (b * log_q).exp()
+    p_ab, q_ab = ((a + b) * log_p).exp(), ((a + b) * log_q).exp()
+    return -(p_a * q_b - (a * p_ab + b * q_ab) / (a + b)) / (a * b), (q_ab - p_a * q_b) / a
+
+
+@jit
+def _alpha_beta_rule(log_q, log_p, q, p, a, b):
+    p_a = tl.exp(a * log_p)
+    q_b = tl.exp(b * log_q)
+    p_ab = tl.exp((a + b) * log_p)
+    q_ab = tl.exp((a + b) * log_q)
+    return -(p_a * q_b - (a * p_ab + b * q_ab) / (a + b)) / (a * b), (q_ab - p_a * q_b) / a
+
+
+# --- the table ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One divergence: pointwise term and slope, in PyTorch and in Triton.
+
+    Attributes:
+        name: its key in `DIVERGENCES`.
+        definition: the formula, for documentation.
+        formula: PyTorch, `(log_q, log_p, q, p, a, b) -> (l, g)`, elementwise, any floating dtype.
+        rule: the same in Triton; `None` where Triton is not installed.
+        parameters: name -> default of its at most two parameters, passed as `a`, `b`.
+        limits: parameter values at which the divergence is another one: `(values, name)` pairs.
+        slope_sum: `sum_v g_v` if the statistics pass knows it ("zero", or "value": the divergence itself);
+            else `None`, and the row needs a third pass.
+    """
+
+    name: str
+    definition: str
+    formula: Callable[[Tensor, Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
+    rule: Any
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    limits: tuple[tuple[tuple[float, ...], str], ...] = ()
+    slope_sum: str | None = None
+
+
+DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
+    {
+        entry.name: entry
+        for entry in (
+            Divergence("forward_kl", "KL(p || q)", _forward_kl, _forward_kl_rule, slope_sum="zero"),
+            Divergence("reverse_kl", "KL(q || p)", _reverse_kl, _reverse_kl_rule, slope_sum="value"),
+            Divergence(
+                "skew_kl",
+                "KL(p || a p + (1 - a) q)",
+                _skew_kl,
+                _skew_kl_rule,
+                {"alpha": 0.1},
+                limits=(((0.0,), "forward_kl"),),
+            ),
+            Divergence(
+                "skew_reverse_kl",
+                "KL(q || (1 - a) p + a q)",
+                _skew_reverse_kl,
+                _skew_reverse_kl_rule,
+                {"alpha": 0.1},
+                limits=(((0.0,), "reverse_kl"),),
+            ),
+            Divergence(
+                "jsd",
+                "b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q",
+                _jsd,
+                _jsd_rule,
+                {"beta": 0.5},
+                limits=(((0.0,), "forward_kl"), ((1.0,), "reverse_kl")),
+            ),
+            Divergence("tvd", "sum |p - q| / 2", _tvd, _tvd_rule),
+            Divergence(
+                "alpha_beta",
+                "-sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)] / (a b)",
+                _alpha_beta,
+                _alpha_beta_rule,
+                {"alpha": 0.2, "beta": 0.7},
+                limits=(((1.0, 0.0), "forward_kl"), ((0.0, 1.0), "reverse_kl")),
+            ),
+        )
+    }
+)
+
+
+@dataclass(frozen=True, init=False)
+class Objective:
+    """What one model minimises: `weight * D(learner, target) + ce_weight * CE(learner, label)`, per token.
+
+    `Objective("jsd", beta=0.1)`, `Objective("forward_kl", weight=0.5, ce_weight=0.5)`: the latter, given as the
+    teacher's objective, is L_t of OKD (arXiv 2409.12512, Eq. 16): the teacher is then the learner `q` and the student
+    the target `p`, so `forward_kl` is KL(student || teacher).
+
+    At a limit the objective becomes the divergence found there: `jsd` at beta 0 is forward KL and at 1 reverse KL
+    (GKD's convention), skew at alpha 0 is its KL, `alpha_beta` at (1, 0) / (0, 1) is forward / reverse KL.
+
+    Raises:
+        ValueError: unknown divergence or parameter, a parameter out of range, or a negative or infinite weight.
+    """
+
+    divergence: str
+    weight: float
+    ce_weight: float
+    a: float
+    b: float
+
+    def __init__(
+        self, divergence: str = "forward_kl", weight: float = 1.0, ce_weight: float = 0.0, **parameters: float
+    ):
+        if divergence not in DIVERGENCES:
+            raise ValueError(f"expected a divergence out of {', '.join(DIVERGENCES)}; got {divergence!r}")
+        for name, value in (("weight", weight), ("ce_weight", ce_weight)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"expected {name} to be finite and at least 0; got {value}")
+        entry = DIVERGENCES[divergence]
+        unknown = sorted(set(parameters) - set(entry.parameters))
+        if unknown:
+            takes = f"takes {', '.join(entry.parameters)}" if entry.parameters else "takes no parameter"
+            raise ValueError(f"{divergence} {takes}; got {', '.join(unknown)}: remove or rename it")
+        values = tuple(float(parameters.get(name, default)) for name, default in entry.parameters.items())
+        limit = dict(entry.limits).get(values)
+        if limit is not None:
+            divergence, values = limit, ()
+        elif divergence == "alpha_beta":
+            if min(values) <= 0 or max(values) == math.inf:
+                raise ValueError(
+                    f"alpha_beta: expected alpha > 0 and beta > 0, or (1, 0) or (0, 1); got alpha={values[0]}, "
+                    f"beta={values[1]}: use a small positive value in place of 0"
+                )
+        elif values and not 0 < values[0] < 1:
+            (name,) = entry.parameters
+            raise ValueError(f"{divergence}: expected {name} between 0 and 1; got {values[0]}")
+        a, b = (*values, 0.0, 0.0)[:2]
+        fields = {"divergence": divergence, "weight": float(weight), "ce_weight": float(ce_weight), "a": a, "b": b}
+        for name, field_value in fields.items():
+            object.__setattr__(self, name, field_value)
+
+    @classmethod
+    def of(cls, objective: str | Objective) -> Objective:
+        """The objective itself, or the one that a divergence's name stands for."""
+        return cls(objective) if isinstance(objective, str) else objective

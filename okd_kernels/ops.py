@@ -1,0 +1,239 @@
+"""Autograd: the `torch.library` operators behind the public losses, so that `torch.compile` sees one node each.
+
+Gradients are made in the forward pass and multiplied by the upstream scalar in backward. What the forward pass cannot
+know, the per-token upstream gradients of `reduction="none"`, makes backward run the chunks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from okd_kernels.chunks import Model, row_backend, run_chunks
+from okd_kernels.divergences import DIVERGENCES, Objective
+from okd_kernels.rows import STATISTICS, Side
+
+FP16_GAIN = 256.0  # lifts fp16 logit gradients out of the subnormal range; divided out in fp32
+N_OPERANDS = 6  # hidden, weight, bias of the student, then of the teacher: the first arguments of linear_distillation
+
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def wide(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype of losses and row mathematics: fp32, or fp64 if an operand is."""
+    dtype = torch.float32
+    for other in dtypes:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
+
+
+def pack(objective: Objective | None) -> tuple[str, list[float]]:
+    """An objective as operator arguments; ("", []) for a side that does not learn."""
+    if objective is None:
+        return "", []
+    return objective.divergence, [objective.weight, objective.ce_weight, objective.a, objective.b]
+
+
+def _unpack(divergence: str, numbers: Sequence[float]) -> Objective | None:
+    if not divergence:
+        return None
+    weight, ce_weight, *values = numbers
+    parameters = dict(zip(DIVERGENCES[divergence].parameters, values, strict=False))
+    return Objective(divergence, weight, ce_weight, **parameters)
+
+
+def _row_outputs(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeroed per-token losses (N, 2) and statistics (N, len(STATISTICS))."""
+    n, dtype = student.shape[0], wide(student.dtype, teacher.dtype)
+    return student.new_zeros(n, 2, dtype=dtype), student.new_zeros(n, len(STATISTICS), dtype=dtype)
+
+
+def _empty_gradient(operand: Tensor | None, like: Tensor, need: bool) -> Tensor:
+    """An output for the operand's gradient; without elements where none is wanted (operators cannot return None)."""
+    if operand is None or not need:
+        return like.new_empty(0)
+    return torch.empty_like(operand, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("okd_kernels::linear_distillation", mutates_args=())
+def linear_distillation(
+    student_hidden: Tensor,  # (N, D_s)
+    student_weight: Tensor,  # (V, D_s)
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,  # (N, D_t)
+    teacher_weight: Tensor,  # (V, D_t)
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,  # (N,) int64, negative: ignored
+    row_weights: Tensor,  # (N, 2) weight of each token in each side's total
+    scale: Tensor,  # () factor of the totals: 1 / normalizer
+    per_token: bool,  # gradients are made in backward, from the upstream of `losses`; otherwise from that of `totals`
+    student: str,
+    student_numbers: Sequence[float],
+    teacher: str,
+    teacher_numbers: Sequence[float],
+    head_numbers: Sequence[float],  # logit scale and softcap (0: none) of the student, then of the teacher
+    temperature: float,
+    vocab_size: int,
+    workspace_bytes: int,
+    backend: str,
+    needs: Sequence[bool],  # which of the operands want a gradient
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Totals (2,), per-token losses (N, 2), statistics (N, 7), and the totals' gradients in the operands' order."""
+    operands = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
+    losses, statistics = _row_outputs(student_hidden, teacher_hidden)
+    makes_gradients = [need and not per_token for need in needs]
+    gradients = [_empty_gradient(x, losses, need) for x, need in zip(operands, makes_gradients, strict=True)]
+
+    kept = None  # ignored rows leave before the GEMMs; elsewhere than on the CPU, finding them would synchronise
+    if labels is not None and labels.device.type == "cpu" and bool((labels < 0).any()):
+        kept = (labels >= 0).nonzero().squeeze(1)
+
+    def compact(x: Tensor) -> Tensor:
+        return x if kept is None else x[kept]
+
+    models, gains = [], []
+    for i, name, numbers, head in (
+        (0, student, student_numbers, head_numbers[:2]),
+        (3, teacher, teacher_numbers, head_numbers[2:]),
+    ):
+        hidden, weight, bias = operands[i], operands[i + 1], operands[i + 2]
+        assert hidden is not None and weight is not None
+        hidden = compact(hidden)
+        buffers = [hidden, weight, bias]  # what a gradient is summed in; the outputs themselves where dtypes allow
+        for j, need in enumerate(makes_gradients[i : i + 3]):
+            dtype = hidden.dtype if j == 0 else wide(hidden.dtype)
+            direct = gradients[i + j].dtype == dtype and (j > 0 or kept is None)
+            shape = hidden.shape if j == 0 else gradients[i + j].shape
+            buffers[j] = None if not need else gradients[i + j] if direct else hidden.new_empty(shape, dtype=dtype)
+        gains.append(FP16_GAIN if hidden.dtype == torch.float16 else 1.0)
+        objective = _unpack(name, numbers)
+        models.append(Model(hidden, weight, bias, head[0], head[1] or None, objective, scale / gains[-1], *buffers))
+
+    row_losses, row_statistics = compact(losses), compact(statistics)
+    if len(row_losses):
+        with torch.autocast(losses.device.type, enabled=False):
+            run_chunks(
+                (models[0], models[1]),
+                None if labels is None else compact(labels),
+                compact(row_weights) * row_weights.new_tensor(gains),
+                row_losses,
+                row_statistics,
+                temperature=temperature,
+                vocab_size=vocab_size,
+                workspace_bytes=workspace_bytes,
+                backend=backend,
+            )
+    if kept is not None:
+        losses[kept], statistics[kept] = row_losses, row_statistics
+    for i, model in enumerate(models):
+        _finish(gradients[3 * i : 3 * i + 3], model, kept, vocab_size)
+    return (losses * row_weights).sum(0) * scale, losses, statistics, *gradients  # type: ignore[return-value]
+
+
+def _finish(outputs: list[Tensor], model: Model, kept: Tensor | None, vocab_size: int) -> None:
+    """Scale the summed gradients, once, and bring them to the operands' rows and dtypes."""
+    if model.grad_hidden is not None and kept is not None:
+        outputs[0].zero_().index_copy_(0, kept, model.grad_hidden)
+    for output, total in ((outputs[1], model.grad_weight), (outputs[2], model.grad_bias)):
+        if total is None:
+            continue
+        total[vocab_size if len(model.hidden) else 0 :] = 0  # padding, or everything where no chunk has written
+        torch.mul(total, model.scale, out=output)
+
+
+@linear_distillation.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    operands, per_token, needs = arguments[:N_OPERANDS], arguments[9], arguments[-1]
+    losses, statistics = _row_outputs(operands[0], operands[3])
+    wanted = [need and not per_token for need in needs]
+    gradients = [_empty_gradient(x, losses, need) for x, need in zip(operands, wanted, strict=True)]
+    return losses.new_empty(2), losses, statistics, *gradients
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.options = inputs[10:]
+    ctx.per_token = inputs[9]
+    ctx.set_materialize_grads(False)  # else autograd would fill a zero dW for every output that nobody used
+    ctx.save_for_backward(*(inputs[:7] if ctx.per_token else output[3:]))
+
+
+def _backward(ctx: Any, totals: Tensor | None, losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """Upstream times gradient: on the device, and out of place, so that backward may run twice."""
+    needs, none = ctx.options[-1], (None,) * (len(ctx.options) + 10 - N_OPERANDS)
+    upstream = losses if ctx.per_token else totals
+    if upstream is None:
+        return (None,) * N_OPERANDS + none
+    if ctx.per_token:
+        # An upstream of 1/N is pulled to 1 first, lest fp16 gradients underflow.
+        largest = upstream.abs().sum() if upstream.numel() == 0 else upstream.abs().amax()
+        scale = torch.where(largest > 0, largest, 1)
+        gradients = linear_distillation(*ctx.saved_tensors, upstream / scale, scale, False, *ctx.options)[3:]
+    else:
+        gradients = [
+            (gradient * upstream[i // 3]).to(gradient.dtype) if need else gradient
+            for i, (gradient, need) in enumerate(zip(ctx.saved_tensors, needs, strict=True))
+        ]
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + none
+
+
+linear_distillation.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("okd_kernels::logit_distillation", mutates_args=())
+def logit_distillation(
+    student_logits: Tensor,  # (N, >= vocab_size)
+    teacher_logits: Tensor,  # (N, >= vocab_size)
+    labels: Tensor | None,  # (N,) int64, negative: ignored
+    student: str,
+    student_numbers: Sequence[float],
+    teacher: str,
+    teacher_numbers: Sequence[float],
+    temperature: float,
+    vocab_size: int,
+    backend: str,
+    needs: Sequence[bool],  # which of the logits want a gradient
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per-token losses (N, 2), statistics (N, 7), and each row's gradient with respect to its own logits."""
+    losses, statistics = _row_outputs(student_logits, teacher_logits)
+    gradients = [
+        _empty_gradient(x, losses, need) for x, need in zip((student_logits, teacher_logits), needs, strict=True)
+    ]
+    written = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    if len(losses):
+        row_backend(backend)(
+            Side(student_logits, _unpack(student, student_numbers), written[0]),
+            Side(teacher_logits, _unpack(teacher, teacher_numbers), written[1]),
+            labels,
+            torch.ones_like(losses),
+            losses,
+            statistics,
+            vocab_size=vocab_size,
+            temperature=temperature,
+        )
+    return losses, statistics, gradients[0], gradients[1]
+
+
+@logit_distillation.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    losses, statistics = _row_outputs(arguments[0], arguments[1])
+    return losses, statistics, *(_empty_gradient(arguments[i], losses, arguments[-1][i]) for i in range(2))
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.needs, ctx.n_inputs = inputs[-1], len(inputs)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[2:])
+
+
+def _backward_rows(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients = [
+        (gradient * upstream[:, i : i + 1]).to(gradient.dtype) if need and upstream is not None else None
+        for i, (gradient, need) in enumerate(zip(ctx.saved_tensors, ctx.needs, strict=True))
+    ]
+    return *gradients, *(None,) * (ctx.n_inputs - 2)
+
+
+logit_distillation.register_autograd(_backward_rows, setup_context=_save_rows)

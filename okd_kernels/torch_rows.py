@@ -1,0 +1,147 @@
+"""The row contract in plain PyTorch: the CPU path, and devices without Triton.
+
+The chunk's logits are worked off a few rows at a time, so that every pass finds them in cache: on 2 CPU cores the
+passes then cost a few percent of the GEMMs; over the whole chunk they cost as much as a third.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from okd_kernels.divergences import DIVERGENCES, Objective
+from okd_kernels.rows import FLOOR, INFINITE, Side
+
+BLOCK_ELEMENTS = 400_000  # logits of one side that are worked on together: 1.6 MB in fp32
+
+
+def _transform(side: Side, rows: slice, v: int, dtype: torch.dtype, ignored: Tensor | None) -> Tensor:
+    """Logits after bias, scale and softcap; never -inf; zeros in ignored rows, which may hold anything."""
+    x = side.logits[rows, :v].to(dtype)
+    if ignored is not None:
+        x = x.masked_fill(ignored, 0)
+    if side.bias is not None:
+        x = x + side.bias[:v]
+    if side.logit_scale != 1.0:
+        x = x * side.logit_scale
+    if side.softcap is not None:
+        x = torch.tanh(x / side.softcap) * side.softcap
+    # Reading the minimum is cheaper than clamping; on an accelerator it would synchronise.
+    if x.device.type != "cpu" or x.amin() < FLOOR:
+        x = x.clamp_min(FLOOR)
+    return x
+
+
+def _infinite(value: Tensor) -> Tensor:
+    return torch.where(value > INFINITE, torch.inf, value)
+
+
+def _nll(logits: Tensor, log_q: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """-log q(target) at temperature 1, (n,); log_q is at the loss's temperature."""
+    if temperature == 1.0:
+        return -log_q.gather(1, target).squeeze(1)
+    return logits.logsumexp(-1) - logits.gather(1, target).squeeze(1)
+
+
+def _divergence(
+    objective: Objective,
+    log_q: Tensor,
+    log_p: Tensor,
+    q: Tensor,
+    p: Tensor,
+    forward: Tensor,
+    reverse: Tensor,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Value (n,) and gradient (n, V) with respect to T * logits of the learner q; forward is KL(p || q)."""
+    if objective.divergence == "forward_kl":
+        return forward, q - p if wants_gradient else None
+    if objective.divergence == "reverse_kl":
+        return reverse, (log_q - log_p).sub_(reverse.unsqueeze(1)).mul_(q) if wants_gradient else None
+    l, g = DIVERGENCES[objective.divergence].formula(log_q, log_p, q, p, objective.a, objective.b)
+    value = l.sum(-1)
+    return value, torch.addcmul(g, q, g.sum(-1, keepdim=True), value=-1) if wants_gradient else None
+
+
+def _write_gradient(
+    side: Side,
+    gradient: Tensor,  # (n, V) of the divergence
+    rows: slice,
+    row_scale: Tensor,  # (n, 1)
+    logits: Tensor,  # (n, V) transformed
+    q: Tensor,  # (n, V) at the loss's temperature
+    target: Tensor | None,  # (n, 1)
+    temperature: float,
+) -> None:
+    assert side.gradient is not None and side.objective is not None
+    v, objective = logits.shape[1], side.objective
+    gradient = gradient.mul_(row_scale * (objective.weight * temperature))
+    if objective.ce_weight > 0:
+        assert target is not None
+        ce_scale = row_scale * objective.ce_weight
+        gradient = gradient.addcmul_(q if temperature == 1.0 else logits.softmax(-1), ce_scale)
+        gradient.scatter_add_(1, target, -ce_scale)
+    if side.softcap is not None:
+        gradient = gradient.mul_(1 - (logits / side.softcap) ** 2)
+    if side.logit_scale != 1.0:
+        gradient = gradient.mul_(side.logit_scale)
+    side.gradient[rows, :v] = gradient
+    side.gradient[rows, v:] = 0
+
+
+def torch_rows(
+    student: Side,
+    teacher: Side,
+    labels: Tensor | None,  # (n,) int64, negative: ignored
+    row_scales: Tensor,  # (n, 2): factor of each side's gradient
+    losses: Tensor,  # (n, 2): written
+    statistics: Tensor,  # (n, len(STATISTICS)): written
+    *,
+    vocab_size: int,
+    temperature: float,
+) -> None:
+    """Fill losses, statistics and both gradients of n rows, in the dtype of `losses`; zeros for ignored rows."""
+    n, dtype = losses.shape[0], losses.dtype
+    step = max(torch.get_num_threads(), BLOCK_ELEMENTS // vocab_size)
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        target = None if labels is None else labels[rows].clamp_min(0).unsqueeze(1)
+        ignored = None if labels is None else (labels[rows] < 0).unsqueeze(1)
+        if ignored is not None and ignored.device.type == "cpu" and not ignored.any():
+            ignored = None
+        z = _transform(student, rows, vocab_size, dtype, ignored)
+        u = _transform(teacher, rows, vocab_size, dtype, ignored)
+        log_q = (z / temperature if temperature != 1.0 else z).log_softmax(-1)
+        log_p = (u / temperature if temperature != 1.0 else u).log_softmax(-1)
+        q, p = log_q.exp(), log_p.exp()
+
+        difference = log_p - log_q
+        mass = q.sum(-1) - p.sum(-1)  # zero but for rounding, which it takes out of the divergences
+        forward = _infinite(torch.linalg.vecdot(p, difference) + mass)
+        reverse = _infinite(-torch.linalg.vecdot(q, difference) - mass)
+        joint = (log_q - log_q.amax(-1, keepdim=True)).add_(log_p)  # reaches max log_p only where both are at their top
+        agree = (joint.amax(-1) == log_p.amax(-1)).to(dtype)
+        s_nll = t_nll = torch.zeros_like(forward)
+        if target is not None:
+            s_nll, t_nll = (_nll(x, log_x, target, temperature) for x, log_x in ((z, log_q), (u, log_p)))
+        s_entropy, t_entropy = -torch.linalg.vecdot(q, log_q), -torch.linalg.vecdot(p, log_p)
+        statistics[rows] = torch.stack((forward, reverse, s_entropy, t_entropy, s_nll, t_nll, agree), 1)
+
+        sides = (
+            (student, z, s_nll, (log_q, log_p, q, p, forward, reverse)),
+            (teacher, u, t_nll, (log_p, log_q, p, q, reverse, forward)),
+        )
+        for i, (side, logits, nll, distributions) in enumerate(sides):
+            if side.objective is None:
+                losses[rows, i] = 0
+                continue
+            value, gradient = _divergence(side.objective, *distributions, wants_gradient=side.gradient is not None)
+            losses[rows, i] = side.objective.weight * temperature**2 * _infinite(value) + side.objective.ce_weight * nll
+            if gradient is not None:
+                row_scale = row_scales[rows, i : i + 1].to(dtype)
+                if ignored is not None:
+                    row_scale = row_scale.masked_fill(ignored, 0)
+                _write_gradient(side, gradient, rows, row_scale, logits, distributions[2], target, temperature)
+        if ignored is not None:
+            losses[rows] = losses[rows].masked_fill(ignored, 0)
+            statistics[rows] = statistics[rows].masked_fill(ignored, 0)

@@ -1,0 +1,468 @@
+"""okd.data against conversations cut into pieces by hand, brute-force loops, and the standard library itself."""
+
+import hashlib
+import json
+import os
+import pydoc
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from okd.data import Collator, encode, read_jsonl, split_by_hash
+from okd.stdlib_examples import stdlib_examples
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DEFAULT_SYSTEM = "<|im_start|>system\nBe kind.<|im_end|>\n"
+
+
+def make_tokenizer(chat_template=None, bos=False, eos="<|im_end|>", trim_offsets=False):
+    """A token is a byte, a special token, or "ab": the only merge, to show where texts are tokenised apart."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, "ab"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "<|im_start|>", "<|im_end|>"])
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        )
+    elif trim_offsets:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    # pad == eos, as in SmolLM2
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos, pad_token="<|im_end|>")
+    fast.chat_template = chat_template
+    return fast
+
+
+def tokens_of(tokenizer, *pieces):
+    """(input_ids, labels) of a text cut by hand into pieces, each (text, is_response)."""
+    input_ids, labels = [], []
+    for text, is_response in pieces:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        input_ids += ids
+        labels += ids if is_response else [-100] * len(ids)
+    return input_ids, labels
+
+
+def response_of(tokenizer, row):
+    return tokenizer.decode([label for label in row["labels"] if label != -100])
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+# --- read_jsonl ---
+
+
+def test_read_jsonl_keeps_every_shape_and_names_examples_by_file_and_line(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text(
+        '{"prompt": "2+2?", "completion": "4", "task": "sums"}\n'
+        "  \n"
+        '{"text": "caf\u00e9\u2028end", "id": 7}\r\n'
+        '{"messages": [{"role": "user", "content": "Hi"}], "id": null}',
+        encoding="utf-8",
+    )
+    assert read_jsonl(path) == [
+        {"prompt": "2+2?", "completion": "4", "task": "sums", "id": "train.jsonl:1"},
+        {"text": "caf\u00e9\u2028end", "id": "7"},
+        {"messages": [user("Hi")], "id": "train.jsonl:4"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "line, expected, got",
+    [
+        (b'{"prompt": "a" "b"}', "expected a JSON object", "\"b\"}' (Expecting ',' delimiter"),
+        (b'{"text": "\xff"}', "expected a JSON object", "can't decode byte 0xff"),
+        (b"[1, 2]", 'expected {"messages": [...]}', "got [1, 2]; write an object"),
+        (b'{"question": "a"}', 'or {"text": string}', "got {'question': 'a'}; rename the fields"),
+        (b'{"prompt": "a"}', '{"prompt": string, "completion": string}', "got {'prompt': 'a'}"),
+        (
+            b'{"prompt": "a", "completion": 4}',
+            '"completion": string}',
+            "'completion': 4}; rename the fields, or make them",
+        ),
+        (b'{"text": null}', 'or {"text": string}', "got {'text': None}"),
+        (b'{"messages": []}', '"messages" to be a list of {"role": string, "content": string}', "got []; correct"),
+        (b'{"messages": "Hi"}', '"messages" to be a list', "got 'Hi'"),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": [1]}]}',
+            '"content": string}',
+            "'bot'",
+        ),
+        (b'{"messages": [{"role": 1, "content": "a"}]}', '"role": string', "got {'role': 1, 'content': 'a'}"),
+        (b'{"text": ["' + b"x" * 500 + b'"]}', 'or {"text": string}', "xxx...; rename"),
+    ],
+)
+def test_read_jsonl_says_which_line_is_no_example(tmp_path, line, expected, got):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"text": "good"}\n\n' + line + b"\n")
+    with pytest.raises(ValueError) as error:
+        read_jsonl(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}:3: ") and expected in message and got in message
+    assert len(message) < len(str(path)) + 300
+
+
+def test_read_jsonl_says_that_a_file_is_empty_or_missing(tmp_path):
+    path = tmp_path / "empty.jsonl"
+    path.write_text("\n\n")
+    with pytest.raises(ValueError, match=r"empty\.jsonl: expected at least one example, got an empty file; write"):
+        read_jsonl(path)
+    with pytest.raises(
+        FileNotFoundError, match=r"none\.jsonl: expected a JSON lines file, got no file of that name; check"
+    ):
+        read_jsonl(str(tmp_path / "none.jsonl"))
+
+
+# --- encode: chat ---
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+def test_the_response_is_every_assistant_turn_with_its_end_of_turn_token(trim_offsets):
+    tokenizer = make_tokenizer(CHATML, trim_offsets=trim_offsets)
+    messages = [user("Hi, caf\u00e9?"), assistant("  caf\u00e9 \U0001f600\n\n"), user("More"), assistant("")]
+    messages += [user("assistant\n"), assistant("ab <|im_start|>")]
+    row = encode([{"id": "chat", "messages": messages}], tokenizer, max_length=1000).rows[0]
+    input_ids, labels = tokens_of(
+        tokenizer,
+        (DEFAULT_SYSTEM + "<|im_start|>user\nHi, caf\u00e9?<|im_end|>\n<|im_start|>assistant\n", False),
+        ("  caf\u00e9 \U0001f600\n\n<|im_end|>", True),
+        ("\n<|im_start|>user\nMore<|im_end|>\n<|im_start|>assistant\n", False),
+        ("<|im_end|>", True),
+        ("\n<|im_start|>user\nassistant\n<|im_end|>\n<|im_start|>assistant\n", False),
+        ("ab <|im_start|><|im_end|>", True),
+        ("\n", False),
+    )
+    assert row == {"id": "chat", "input_ids": input_ids, "labels": labels}
+    assert response_of(tokenizer, row) == "  caf\u00e9 \U0001f600\n\n<|im_end|><|im_end|>ab <|im_start|><|im_end|>"
+
+
+def test_a_given_system_prompt_replaces_the_default():
+    tokenizer = make_tokenizer(CHATML)
+    messages = [{"role": "system", "content": "S"}, assistant("one"), assistant("two")]
+    row = encode([{"messages": messages}], tokenizer, max_length=1000).rows[0]
+    assert (row["input_ids"], row["labels"]) == tokens_of(
+        tokenizer,
+        ("<|im_start|>system\nS<|im_end|>\n<|im_start|>assistant\n", False),
+        ("one<|im_end|>", True),
+        ("\n<|im_start|>assistant\n", False),
+        ("two<|im_end|>", True),
+        ("\n", False),
+    )
+
+
+def test_a_space_before_the_turn_is_no_response_when_the_tokenizer_trims_offsets():
+    template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    for trim_offsets in (False, True):
+        tokenizer = make_tokenizer(template, trim_offsets=trim_offsets)
+        row = encode([{"prompt": "q", "completion": "x y"}], tokenizer, max_length=1000).rows[0]
+        pieces = ("user: q<|im_end|>assistant: ", False), ("x y<|im_end|>", True)
+        assert (row["input_ids"], row["labels"]) == tokens_of(tokenizer, *pieces)
+
+
+def test_prompt_and_completion_are_a_conversation_where_there_is_a_template():
+    tokenizer = make_tokenizer(CHATML)
+    pair, chat = {"prompt": "2+2?", "completion": "4"}, {"messages": [user("2+2?"), assistant("4")]}
+    rows = encode([pair, chat], tokenizer, max_length=1000, chat_template=True).rows
+    assert rows[0]["input_ids"] == rows[1]["input_ids"] and rows[0]["labels"] == rows[1]["labels"]
+    assert [row["id"] for row in rows] == ["#0", "#1"]
+    assert response_of(tokenizer, rows[0]) == "4<|im_end|>"
+    raw = encode([pair], tokenizer, max_length=1000, chat_template=False).rows[0]
+    assert tokenizer.decode(raw["input_ids"]) == "2+2?4<|im_end|>"
+
+
+def test_fields_that_are_none_are_absent():
+    """A datasets.Dataset of mixed examples has every column in every row."""
+    tokenizer = make_tokenizer(CHATML)
+    example = {"id": None, "input_ids": None, "messages": None, "prompt": "a", "completion": "b", "text": None}
+    row = encode([example], tokenizer, max_length=1000).rows[0]
+    assert row["id"] == "#0" and response_of(tokenizer, row) == "b<|im_end|>"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    drops_old_turns = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{{ m['content'] if loop.last or m['role'] == 'user' else 'old' }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = make_tokenizer(drops_old_turns)
+    single = {"id": "one", "messages": [user("a"), assistant("b")]}
+    assert response_of(tokenizer, encode([single], tokenizer, max_length=99).rows[0]) == "b<|im_end|>"
+    double = {"id": "two", "messages": [user("a"), assistant("b"), user("c"), assistant("d")]}
+    with pytest.raises(
+        ValueError, match=r"example two: expected a chat template that only appends.* at message 1; split"
+    ):
+        encode([single, double], tokenizer, max_length=99)
+
+
+def test_a_generation_prompt_unlike_the_turn_is_refused():
+    tokenizer = make_tokenizer(CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"))
+    with pytest.raises(ValueError, match="example #0: expected a chat template that only appends"):
+        encode([{"prompt": "a", "completion": "b"}], tokenizer, max_length=99)
+
+
+def test_errors_of_the_chat_name_the_example_and_the_remedy():
+    tokenizer, bare = make_tokenizer(CHATML), make_tokenizer()
+    chat = {"id": "x7", "messages": [user("a"), assistant("b")]}
+    for options, this in (({}, bare), ({"chat_template": False}, bare), ({"chat_template": False}, tokenizer)):
+        with pytest.raises(ValueError, match=r'example x7: expected a chat template for "messages", got .*; set'):
+            encode([chat], this, max_length=99, **options)
+    with pytest.raises(ValueError, match=r"chat_template=True, got one without; set tokenizer.chat_template, or pass"):
+        encode([chat], bare, max_length=99, chat_template=True)
+    with pytest.raises(
+        ValueError, match='example x8: expected a message before that of role "assistant", got none; begin'
+    ):
+        encode([{"id": "x8", "messages": [assistant("b")]}], tokenizer, max_length=99)
+    with pytest.raises(ValueError, match=r"example #1: expected .*got 'just a string'; write an object"):
+        encode([chat, "just a string"], tokenizer, max_length=99)
+    strict = make_tokenizer("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ValueError, match="example x7: roles must alternate"):
+        encode([chat], strict, max_length=99)
+
+
+def test_a_slow_tokenizer_is_refused_for_chat():
+    class SlowTokenizer:
+        is_fast, chat_template = False, CHATML
+
+    with pytest.raises(
+        ValueError, match=r"expected a fast tokenizer, .*got SlowTokenizer; load one with AutoTokenizer"
+    ):
+        encode([{"prompt": "a", "completion": "b"}], SlowTokenizer(), max_length=99)
+
+
+# --- encode: raw text ---
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_raw_prompt_and_completion_are_tokenised_apart(bos):
+    tokenizer = make_tokenizer(bos=bos)
+    row = encode([{"prompt": "xa", "completion": "bab"}], tokenizer, max_length=1000).rows[0]
+    vocab = tokenizer.get_vocab()
+    start = [vocab["<s>"]] if bos else []
+    assert row["input_ids"] == start + [vocab[t] for t in ("x", "a", "b", "ab", "<|im_end|>")]
+    assert row["labels"] == [-100] * len(start) + [-100, -100, vocab["b"], vocab["ab"], vocab["<|im_end|>"]]
+
+
+def test_all_of_a_text_but_its_first_token_is_response_template_or_not():
+    for tokenizer in (make_tokenizer(), make_tokenizer(CHATML)):
+        vocab = tokenizer.get_vocab()
+        row = encode([{"text": "cab"}], tokenizer, max_length=1000).rows[0]
+        assert row["input_ids"] == [vocab["c"], vocab["ab"], vocab["<|im_end|>"]]
+        assert row["labels"] == [-100, vocab["ab"], vocab["<|im_end|>"]]
+    with_bos = make_tokenizer(bos=True)
+    row = encode([{"text": "c"}], with_bos, max_length=1000).rows[0]
+    assert row["labels"] == [-100, vocab["c"], vocab["<|im_end|>"]]
+
+
+def test_the_first_token_has_no_label_though_it_is_response():
+    row = encode([{"prompt": "", "completion": "xy"}], make_tokenizer(), max_length=1000).rows[0]
+    assert row["labels"] == [-100, *row["input_ids"][1:]] and len(row["labels"]) == 3
+
+
+def test_raw_text_needs_an_eos_token():
+    with pytest.raises(ValueError, match=r"example #0: expected an eos token .*got none; set tokenizer.eos_token"):
+        encode([{"text": "a"}], make_tokenizer(eos=None), max_length=99)
+
+
+# --- encode: length, rows, accounts ---
+
+
+def test_what_is_truncated_or_skipped_is_counted_and_named():
+    tokenizer = make_tokenizer()
+    examples = [
+        {"id": "fits", "prompt": "12345", "completion": "6789"},  # 10 tokens with eos
+        {"id": "cut", "prompt": "1234567", "completion": "89012"},  # 13 tokens, 3 of the response remain
+        {"id": "last", "prompt": "123456789", "completion": "0"},  # 11 tokens, 1 of the response remains
+        *({"id": f"long{i}", "prompt": "1234567890", "completion": "1"} for i in range(7)),
+        {"id": "silent", "input_ids": [5, 6], "labels": [5, -100]},
+    ]
+    encoded = encode(iter(examples), tokenizer, max_length=10)
+    assert [tokenizer.decode(row["input_ids"]) for row in encoded.rows] == [
+        "123456789<|im_end|>",
+        "1234567890",
+        "1234567890",
+    ]
+    assert [response_of(tokenizer, row) for row in encoded.rows] == ["6789<|im_end|>", "890", "0"]
+    assert encoded.truncated == ["cut", "last"]
+    assert encoded.skipped == {
+        "without response token in the first 10": [f"long{i}" for i in range(7)],
+        "without response token": ["silent"],
+    }
+    assert encoded.summary() == (
+        "3 examples, 30 tokens (9 response); truncated 2; "
+        "skipped 7 without response token in the first 10 (long0, long1, long2, long3, long4, ...); "
+        "skipped 1 without response token (silent)"
+    )
+
+
+def test_summary_writes_thousands_and_leaves_out_what_did_not_happen():
+    encoded = encode([{"text": "x" * 1200}] * 2, make_tokenizer(), max_length=5000)
+    assert encoded.summary() == "2 examples, 2,402 tokens (2,400 response)"
+
+
+def test_no_example_left_is_an_error_that_says_why():
+    sharegpt = {"id": "s", "messages": [user("a"), {"role": "gpt", "content": "b"}]}
+    with pytest.raises(ValueError, match=r'got 0 examples.*skipped 1 without response token \(s\); .*role "assistant"'):
+        encode([sharegpt], make_tokenizer(CHATML), max_length=99)
+    with pytest.raises(ValueError, match=r"skipped 1 without response token in the first 3 \(#0\); raise max_length"):
+        encode([{"prompt": "12345", "completion": "6"}], make_tokenizer(), max_length=3)
+    with pytest.raises(ValueError, match="expected at least one example with a response token, got 0 examples"):
+        encode([], make_tokenizer(), max_length=99)
+
+
+def test_rows_pass_through_under_the_same_rules():
+    given = [
+        {"id": 3, "input_ids": [9, 8, 7], "labels": [9, 8, -100]},
+        {"input_ids": torch.tensor([1, 2, 3, 4]), "labels": torch.tensor([-100, 2, 3, 4])},
+    ]
+    encoded = encode(given, make_tokenizer(), max_length=3)
+    assert encoded.rows == [
+        {"id": "3", "input_ids": [9, 8, 7], "labels": [-100, 8, -100]},
+        {"id": "#1", "input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
+    ]
+    assert encoded.truncated == ["#1"]
+    assert encode(encoded.rows, make_tokenizer(), max_length=3).rows == encoded.rows
+    assert given[0]["labels"] == [9, 8, -100]  # the caller's list is untouched
+    with pytest.raises(ValueError, match="example #0: expected a label for each of 2 tokens, got 0; use -100 for none"):
+        encode([{"input_ids": [1, 2]}], make_tokenizer(), max_length=3)
+
+
+# --- Collator ---
+
+
+@pytest.mark.parametrize("multiple", [None, 1, 4, 7])
+def test_collator_equals_a_brute_force_loop_and_keeps_eos_where_pad_is_eos(multiple):
+    pad = eos = 2
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for i, n in enumerate([5, 1, 8, 3]):
+        input_ids = [*torch.randint(0, 5, (n,), generator=generator).tolist()[:-1], eos]
+        keep = torch.rand(n, generator=generator).lt(0.6).tolist()
+        labels = [token if k else -100 for token, k in zip(input_ids, keep, strict=True)]
+        rows.append({"id": f"r{i}", "input_ids": input_ids, "labels": [-100, *labels[1:]]})
+    rows[2]["input_ids"][3:] = rows[2]["labels"][3:] = [eos] * 5  # a response of eos = pad tokens only
+
+    batch = Collator(pad, multiple)(rows)
+    length = {None: 8, 1: 8, 4: 8, 7: 14}[multiple]
+    positions, targets = [], []
+    for b, row in enumerate(rows):
+        missing = length - len(row["input_ids"])
+        assert batch["input_ids"][b].tolist() == row["input_ids"] + [pad] * missing
+        assert batch["attention_mask"][b].tolist() == [1] * len(row["input_ids"]) + [0] * missing
+        assert batch["labels"][b].tolist() == row["labels"] + [-100] * missing
+        for t in range(len(row["labels"]) - 1):
+            if row["labels"][t + 1] != -100:
+                positions.append(b * length + t)
+                targets.append(row["labels"][t + 1])
+    assert len(positions) > 5
+    assert batch["positions"].tolist() == positions and batch["targets"].tolist() == targets
+    assert batch["ids"] == ["r0", "r1", "r2", "r3"]
+    assert all(
+        tensor.dtype == torch.int64 and tensor.device.type == "cpu" for name, tensor in batch.items() if name != "ids"
+    )
+
+
+def test_collated_positions_gather_the_tokens_before_the_encoded_response():
+    tokenizer = make_tokenizer(CHATML)
+    pairs = [("1+1?", "2"), ("Say abc", "abc")]
+    examples = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    batch = Collator(tokenizer.pad_token_id, 8)(encode(examples, tokenizer, max_length=1000).rows)
+    assert tokenizer.decode(batch["targets"]) == "2<|im_end|>abc<|im_end|>"
+    assert tokenizer.decode(batch["input_ids"].flatten()[batch["positions"]]) == "\n2\nabc"
+
+
+def test_collator_refuses_a_missing_pad_token():
+    with pytest.raises(ValueError, match="expected an int as pad_token_id, got None; eos_token_id will do"):
+        Collator(None)
+
+
+# --- stdlib_examples and split_by_hash ---
+
+
+@pytest.fixture(scope="module")
+def stdlib():
+    return stdlib_examples()
+
+
+def test_stdlib_answers_are_docstrings_of_the_objects_they_name(stdlib):
+    by_id = {example["id"]: example for example in stdlib}
+    assert by_id["os.path.join"]["prompt"] == "What does `os.path.join` do?"
+    assert by_id["os.path.join"]["completion"].startswith("Join two or more pathname components, inserting '/' as")
+    assert by_id["json.dumps"]["completion"] == "Serialize ``obj`` to a JSON formatted ``str``."  # of a package
+    assert by_id["ZeroDivisionError"]["prompt"] == "What is `ZeroDivisionError`?"
+    assert by_id["threading.Thread.daemon"]["prompt"] == "What is `threading.Thread.daemon`?"  # a property
+    # Both docstrings begin with a signature, which is dropped.
+    assert by_id["os.makedirs"]["completion"].startswith("Super-mkdir; create a leaf directory")
+    assert by_id["math.log"]["completion"] == "Return the logarithm of x to the given base."
+
+    modules = ("collections", "dict", "json", "math", "os", "re", "str", "sys", "textwrap", "threading", "time")
+    checked = [example for example in stdlib if example["id"].split(".")[0] in modules]
+    for example in checked:
+        named = pydoc.locate(example["id"])
+        assert example["completion"] in " ".join(named.__doc__.split()), example["id"]
+    assert len(checked) > 300
+
+
+def test_stdlib_examples_are_well_formed(stdlib):
+    ids, answers = [example["id"] for example in stdlib], [example["completion"] for example in stdlib]
+    assert 3000 < len(stdlib) < 6000
+    assert ids == sorted(set(ids)) and len(set(answers)) == len(answers)
+    for name, answer, example in zip(ids, answers, stdlib, strict=True):
+        assert example["prompt"] in (f"What does `{name}` do?", f"What is `{name}`?")
+        assert 20 <= len(answer) <= 600 and answer == " ".join(answer.split())
+        assert ">>>" not in answer and "->" not in answer
+        assert not any(part.startswith("_") for part in name.split("."))
+        assert name.split(".")[0] not in ("test", "idlelib", "lib2to3", "turtledemo", "encodings", "ensurepip")
+
+
+def test_stdlib_examples_are_equal_in_another_process_and_import_no_python_module(stdlib):
+    code = """
+import json, sys
+from okd.stdlib_examples import stdlib_examples
+before = set(sys.modules)
+examples = stdlib_examples()
+imported = {name: getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - before}
+print(json.dumps([examples, [name for name, file in imported.items() if file and file.endswith(".py")]]))
+"""
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert json.loads(run.stdout) == [stdlib, []]
+    assert stdlib_examples() == stdlib
+
+
+def test_split_is_a_function_of_the_id_alone(stdlib):
+    train, held_out = split_by_hash(stdlib)
+    oracle = [int(hashlib.sha256(e["id"].encode()).hexdigest()[:8], 16) < 0.1 * 16**8 for e in stdlib]
+    assert held_out == [e for e, out in zip(stdlib, oracle, strict=True) if out]
+    assert train == [e for e, out in zip(stdlib, oracle, strict=True) if not out]
+    assert 0.08 < len(held_out) / len(stdlib) < 0.12
+    assert split_by_hash(stdlib[::2])[1] == [e for e in stdlib[::2] if e in held_out]
+    more = split_by_hash(stdlib, held_out=0.3)[1]
+    assert {e["id"] for e in held_out} < {e["id"] for e in more}
+    assert split_by_hash(stdlib, 0) == (stdlib, []) and split_by_hash(stdlib, 1) == ([], stdlib)
+
+
+def test_split_errors():
+    with pytest.raises(ValueError, match=r"expected held_out to be a fraction in \[0, 1\], got 10; pass 0.1"):
+        split_by_hash([], 10)
+    with pytest.raises(ValueError, match=r'expected an "id" to split by, got .*; give each example a lasting one'):
+        split_by_hash([{"text": "a"}])

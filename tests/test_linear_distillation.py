@@ -1,0 +1,674 @@
+"""Every divergence x side x backend x dtype against the fp64 reference on the same operands, and every option.
+
+The budget of a comparison is computed: twice the error of the reference itself in the operands' dtype with fp32 logits
+(that error is one draw of a random variable; so is ours), plus a few eps. So a backend may be as wrong as plain PyTorch
+with fp32 logits is, and no more.
+"""
+
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from okd_kernels import (
+    DIVERGENCES,
+    LinearDistillationLoss,
+    LinearHead,
+    Objective,
+    distillation_loss,
+    linear_distillation_loss,
+)
+
+BACKENDS = ("torch", "triton")
+N, D_S, D_T = 7, 16, 24
+BF16 = 0.006  # two roundings to bf16; the interpreter truncates where a GPU rounds to nearest
+GRADIENTS = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
+
+
+class Problem:
+    """Random operands in `dtype`, whose logits have std(z) of about 2 and std(z - u) = spread."""
+
+    def __init__(self, v=131, n=N, dtype=torch.float32, spread=1.0, offset=0.0, ignored=(2,), seed=0):
+        g = torch.Generator().manual_seed(seed)
+
+        def normal(*shape, scale=1.0):
+            return torch.randn(*shape, generator=g, dtype=torch.float64) * scale
+
+        hidden, weight = normal(n, D_S), normal(v, D_S, scale=2 / D_S**0.5)
+        # The teacher sees the student's logits through D_S of its dimensions, and a disagreement through the others.
+        self.operands = {
+            "student_hidden": hidden,
+            "student_weight": weight,
+            "student_bias": normal(v, scale=0.1) + offset,
+            "teacher_hidden": torch.cat([hidden, normal(n, D_T - D_S)], 1),
+            "teacher_weight": torch.cat([weight, normal(v, D_T - D_S, scale=spread / (D_T - D_S) ** 0.5)], 1),
+            "teacher_bias": normal(v, scale=0.1 * spread) - offset,
+        }
+        self.operands = {name: x.to(dtype) for name, x in self.operands.items()}
+        self.labels = torch.randint(0, v, (n,), generator=g)
+        self.labels[[i for i in ignored if i < n]] = -100
+        self.bias = True
+        self.head_options = ({}, {})
+        self.loss_options = {}
+
+    def run(self, backend, dtype=None, upstream=(1.0, 1.0), requires=GRADIENTS, watch=None, **options):
+        """(values, gradients) of one run; operands are widened to `dtype` if given; `watch` sees loss and backward."""
+        t = {k: x.to(dtype or x.dtype).clone().requires_grad_(k in requires) for k, x in self.operands.items()}
+        heads = [
+            LinearHead(t[f"{side}_weight"], t[f"{side}_bias"] if self.bias else None, **head_options)
+            for side, head_options in zip(("student", "teacher"), self.head_options, strict=True)
+        ]
+        with watch or nullcontext():
+            loss = linear_distillation_loss(
+                t["student_hidden"],
+                heads[0],
+                t["teacher_hidden"],
+                heads[1],
+                self.labels,
+                backend=backend,
+                **{"workspace_bytes": 4096, **self.loss_options, **options},
+            )
+            total = (loss.student * upstream[0]).sum()
+            if loss.teacher is not None:
+                total = total + (loss.teacher * upstream[1]).sum()
+            if total.requires_grad:
+                total.backward()
+        values = {"student": loss.student, "teacher": loss.teacher, **loss.metrics}
+        return values, {k: t[k].grad for k in GRADIENTS}
+
+
+def relative_error(x, truth):
+    return ((x.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+
+
+def assert_as_good_as_the_reference(problem, backend, slack=8.0, **options):
+    """No worse than twice plain PyTorch with fp32 logits in the operands' dtype, plus `slack` eps."""
+    dtype = problem.operands["student_hidden"].dtype
+    truth_values, truth_gradients = problem.run("reference", torch.float64, **options)
+    plain_values, plain_gradients = problem.run("reference", **options)
+    values, gradients = problem.run(backend, **options)
+    for name, truth in truth_values.items():
+        assert (values[name] is None) == (truth is None), name
+        if truth is None:
+            continue
+        scale = 1 + truth.abs().max()  # logits of size 10 carry an absolute error into a small divergence
+        budget = 2 * (plain_values[name].double() - truth).abs().max() + slack * 1.2e-7 * scale
+        error = (values[name].double() - truth).abs().max()
+        assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
+        assert values[name].dtype == torch.float32
+    for name, truth in truth_gradients.items():
+        assert (gradients[name] is None) == (truth is None), name
+        if truth is None:
+            continue
+        # 16-bit operands: the gradient that feeds the backward GEMMs is rounded once more than the result.
+        budget = 2 * relative_error(plain_gradients[name], truth) + slack * max(1.2e-7, torch.finfo(dtype).eps / 8)
+        error = relative_error(gradients[name], truth)
+        assert error <= budget, f"d{name}: error {error:.2e}, budget {budget:.2e}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_both_sides(name, temperature, backend):
+    assert_as_good_as_the_reference(
+        Problem(),
+        backend,
+        student=Objective(name, weight=0.7, ce_weight=0.3),
+        teacher=Objective(name, weight=0.4, ce_weight=0.6),
+        temperature=temperature,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("spread", [1.0, 0.3, 0.1, 0.03])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_close_models_in_every_dtype(name, spread, dtype, backend):
+    """Near convergence, where bf16 logits would have lost the gradient altogether."""
+    problem = Problem(dtype=dtype, spread=spread)
+    assert_as_good_as_the_reference(problem, backend, student=name, teacher=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("v", [7, 1000, 4099])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+def test_vocabulary_sizes(name, v, backend):
+    assert_as_good_as_the_reference(Problem(v=v), backend, student=name, teacher=name, workspace_bytes=1 << 20)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "skew_kl"])
+def test_offset_logits(name, backend):
+    """Softmax does not see a constant: rows near +20 and -20."""
+    assert_as_good_as_the_reference(Problem(offset=20.0), backend, slack=64.0, student=name, teacher=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_peaked_rows(name, backend):
+    problem = Problem()
+    for name_ in ("student_hidden", "teacher_hidden"):
+        problem.operands[name_] *= 12  # logits of +-60: most probabilities underflow
+    assert_as_good_as_the_reference(problem, backend, slack=400.0, student=name, teacher=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_scale_softcap_bias(temperature, backend):
+    problem = Problem()
+    problem.head_options = ({"logit_scale": 0.5, "softcap": 5.0}, {"logit_scale": 1.7, "softcap": 3.0})
+    assert_as_good_as_the_reference(
+        problem,
+        backend,
+        student=Objective("forward_kl", ce_weight=0.5),
+        teacher=Objective("reverse_kl", ce_weight=0.5),
+        temperature=temperature,
+    )
+    problem.bias = False
+    assert_as_good_as_the_reference(problem, backend, student="jsd", teacher="tvd", temperature=temperature)
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+def test_definition_of_okd(backend):
+    """Eq. 16/17 of arXiv 2409.12512, written out in plain PyTorch: values and gradients of both sides."""
+    problem, a = Problem(ignored=()), 0.3
+    t = {k: x.double().requires_grad_() for k, x in problem.operands.items()}
+    z = t["student_hidden"] @ t["student_weight"].T + t["student_bias"]
+    u = t["teacher_hidden"] @ t["teacher_weight"].T + t["teacher_bias"]
+    log_q, log_p = z.log_softmax(-1), u.log_softmax(-1)
+    student = (log_p.detach().exp() * (log_p.detach() - log_q)).sum(-1).mean()
+    kl_student_teacher = (log_q.detach().exp() * (log_q.detach() - log_p)).sum(-1).mean()
+    teacher = a * kl_student_teacher + (1 - a) * nn.functional.cross_entropy(u, problem.labels)
+    (student + teacher).backward()
+    values, gradients = problem.run(
+        backend, student="forward_kl", teacher=Objective("forward_kl", weight=a, ce_weight=1 - a)
+    )
+    torch.testing.assert_close(values["student"].double(), student.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(values["teacher"].double(), teacher.detach(), rtol=1e-6, atol=1e-7)
+    for name in GRADIENTS:
+        assert relative_error(gradients[name], t[name].grad) < 1e-6, name
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+def test_metrics_are_their_definitions(backend):
+    problem = Problem()
+    problem.operands["teacher_weight"][:, D_S:] *= 0.5
+    values, _ = problem.run(backend, temperature=1.7)
+    t = {k: x.double() for k, x in problem.operands.items()}
+    z = t["student_hidden"] @ t["student_weight"].T + t["student_bias"]
+    u = t["teacher_hidden"] @ t["teacher_weight"].T + t["teacher_bias"]
+    q, p = (z / 1.7).softmax(-1), (u / 1.7).softmax(-1)
+    counted = problem.labels != -100
+    label = problem.labels.clamp_min(0).unsqueeze(1)
+    expected = {
+        "forward_kl": (p * (p / q).log()).sum(-1),
+        "reverse_kl": (q * (q / p).log()).sum(-1),
+        "student_entropy": -(q * q.log()).sum(-1),
+        "teacher_entropy": -(p * p.log()).sum(-1),
+        "student_nll": -z.log_softmax(-1).gather(1, label).squeeze(1),
+        "teacher_nll": -u.log_softmax(-1).gather(1, label).squeeze(1),
+        "top1_agreement": (z.argmax(-1) == u.argmax(-1)).double(),
+    }
+    assert 0 < expected["top1_agreement"].sum() < N, "the problem must show both outcomes"
+    for name, truth in expected.items():
+        torch.testing.assert_close(
+            values[name].double(),
+            torch.where(counted, truth, 0),
+            rtol=2e-5,
+            atol=2e-6,
+            msg=lambda m, k=name: f"{k}: {m}",
+        )
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_reference_finite_differences(side, name):
+    """Central differences in fp64 of the learner's loss, along random directions of hidden, weight and bias."""
+    problem = Problem(v=11, n=3, ignored=(1,), dtype=torch.float64)
+    problem.head_options = ({"softcap": 9.0}, {"softcap": 7.0, "logit_scale": 0.8})
+    options = {s: Objective(name, ce_weight=0.3) for s in ("student", "teacher")}
+    _, gradients = problem.run("reference", temperature=1.5, **options)
+    step = 1e-5
+    for k in (f"{side}_hidden", f"{side}_weight", f"{side}_bias"):
+        x, direction = problem.operands[k], torch.randn_like(problem.operands[k])
+        losses = []
+        for sign in (1, -1):
+            problem.operands[k] = x + sign * step * direction
+            losses.append(problem.run("reference", requires=(), temperature=1.5, **options)[0][side].item())
+        problem.operands[k] = x
+        slope = (losses[0] - losses[1]) / (2 * step)
+        assert (gradients[k] * direction).sum().item() == pytest.approx(slope, rel=1e-6, abs=1e-9), k
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_per_token_losses_with_any_upstream(backend):
+    upstream = (torch.randn(N), torch.randn(N))
+    assert_as_good_as_the_reference(
+        Problem(),
+        backend,
+        slack=32.0,
+        reduction="none",
+        upstream=upstream,
+        token_weights=torch.rand(N),
+        student=Objective("jsd", ce_weight=0.5),
+        teacher=Objective("forward_kl", ce_weight=0.5),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_per_token_upstream_of_one_over_n_survives_fp16(backend):
+    upstream = (torch.full((N,), 1e-6), torch.full((N,), 1e-6))
+    problem = Problem(dtype=torch.float16)
+    big, small = (problem.run(backend, reduction="none", upstream=(u, u))[1] for u in (upstream[0] * 1e6, upstream[0]))
+    # fp16 holds 1e-6 * gradient with few bits left; the head's gradient is compared where it is representable.
+    truth = problem.run("reference", torch.float64, reduction="none", upstream=upstream)[1]["student_hidden"]
+    assert relative_error(big["student_hidden"] * 1.0, truth * 1e6) < 2e-3
+    subnormal_step = 2.0**-24
+    assert (small["student_hidden"].double() - truth).abs().max() <= 0.51 * subnormal_step
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_and_reductions(reduction, backend):
+    weights = torch.rand(N)
+    values, _ = Problem().run(backend, reduction=reduction, token_weights=weights)
+    per_token, _ = Problem().run("reference", torch.float64, reduction="none")
+    counted = Problem().labels != -100
+    weighted = per_token["student"] * weights
+    expected = {"mean": weighted.sum() / weights[counted].sum(), "sum": weighted.sum(), "none": weighted}[reduction]
+    torch.testing.assert_close(values["student"].double(), expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_micro_batches_with_a_normalizer_equal_one_batch(backend):
+    whole_values, whole = Problem().run(backend, reduction="mean")
+    problem, total, parts = Problem(), 0.0, dict.fromkeys(GRADIENTS, 0.0)
+    operands, labels = problem.operands, problem.labels
+    for rows in (slice(0, 3), slice(3, N)):  # 2 and 4 counted tokens: a mean of means would be wrong
+        problem.operands = {k: x[rows] if "hidden" in k else x for k, x in operands.items()}
+        problem.labels = labels[rows]
+        values, gradients = problem.run(backend, normalizer=6)
+        total += values["student"].item()
+        for k in GRADIENTS[1:3]:
+            parts[k] = parts[k] + gradients[k]
+    assert total == pytest.approx(whole_values["student"].item(), rel=1e-6)
+    for k in GRADIENTS[1:3]:
+        torch.testing.assert_close(parts[k], whole[k], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ignored_rows_equal_removed_rows_and_may_hold_nan(backend):
+    objectives = {"student": Objective("jsd", ce_weight=0.5), "teacher": Objective("forward_kl", ce_weight=0.5)}
+    problem = Problem(ignored=(0, 4))
+    for side in ("student", "teacher"):
+        problem.operands[f"{side}_hidden"][[0, 4]] = math.nan
+    values, gradients = problem.run(backend, **objectives)
+    kept = [i for i in range(N) if i not in (0, 4)]
+    removed = Problem(ignored=())
+    removed.labels = removed.labels[kept]
+    removed.operands = {k: x[kept] if "hidden" in k else x for k, x in removed.operands.items()}
+    removed.labels = problem.labels[kept]
+    expected_values, expected = removed.run(backend, **objectives)
+    for name in ("student", "teacher"):
+        torch.testing.assert_close(values[name], expected_values[name], rtol=1e-6, atol=1e-7)
+    for name in GRADIENTS:
+        ours = gradients[name]
+        if "hidden" in name:
+            assert (ours[[0, 4]] == 0).all()
+            ours = ours[kept]
+        torch.testing.assert_close(ours, expected[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+def test_all_ignored_is_zero_loss_with_zero_gradients(backend):
+    values, gradients = Problem(ignored=range(N)).run(backend, teacher="forward_kl")
+    assert values["student"] == 0 and values["teacher"] == 0
+    assert all((g == 0).all() for g in gradients.values())
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+@pytest.mark.parametrize("n", [0, 1])
+def test_no_token_and_one_token(n, backend):
+    values, gradients = Problem(n=n, ignored=()).run(backend, teacher="forward_kl")
+    truth, expected = Problem(n=n, ignored=()).run("reference", torch.float64, teacher="forward_kl")
+    for name in ("student", "teacher"):
+        assert values[name].item() == pytest.approx(truth[name].item(), rel=1e-5)
+    for name in GRADIENTS:
+        torch.testing.assert_close(gradients[name].double(), expected[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_leading_shapes_and_strides(backend):
+    flat_values, flat = Problem(n=6, ignored=(1,)).run(backend, teacher="forward_kl", reduction="none")
+    problem = Problem(n=6, ignored=(1,))
+    for side in ("student", "teacher"):
+        x = problem.operands[f"{side}_hidden"]
+        problem.operands[f"{side}_hidden"] = x.reshape(2, 3, -1).transpose(0, 1).contiguous().transpose(0, 1)
+        problem.operands[f"{side}_weight"] = problem.operands[f"{side}_weight"].T.contiguous().T
+    problem.labels = problem.labels.reshape(2, 3)
+    values, gradients = problem.run(backend, teacher="forward_kl", reduction="none")
+    for name in ("student", "teacher", "forward_kl", "top1_agreement"):
+        assert values[name].shape == (2, 3)
+        torch.testing.assert_close(values[name].reshape(-1), flat_values[name])
+    for name in GRADIENTS:
+        torch.testing.assert_close(gradients[name].reshape(flat[name].shape), flat[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vocab_size_cuts_padding_off_both_heads(backend):
+    """Two heads padded differently (151936 / 152064): padded columns exist for neither side, and get no gradient."""
+    problem, v = Problem(), 131
+    for side, padding in (("student", 5), ("teacher", 13)):
+        weight, bias = problem.operands[f"{side}_weight"], problem.operands[f"{side}_bias"]
+        problem.operands[f"{side}_weight"] = torch.cat([weight, torch.randn(padding, weight.shape[1]) * 9])
+        problem.operands[f"{side}_bias"] = torch.cat([bias, torch.full((padding,), 50.0)])
+    values, gradients = problem.run(backend, vocab_size=v, teacher="reverse_kl")
+    expected_values, expected = Problem().run(backend, teacher="reverse_kl")
+    assert values["student"] == expected_values["student"] and values["teacher"] == expected_values["teacher"]
+    for name in GRADIENTS:
+        ours = gradients[name]
+        if "hidden" not in name:
+            assert (ours[v:] == 0).all()
+            ours = ours[:v]
+        torch.testing.assert_close(ours, expected[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_minus_infinity_on_both_sides_equals_a_smaller_vocabulary(name, backend):
+    problem = Problem()
+    for side in ("student", "teacher"):
+        problem.operands[f"{side}_bias"][100:] = -math.inf
+    problem.labels.clamp_max_(99)
+    objectives = {
+        "student": Objective(name, ce_weight=0.5),
+        "teacher": Objective(name, ce_weight=0.5),
+        "temperature": 0.5,
+    }
+    values, gradients = problem.run(backend, **objectives)
+    small_values, small = problem.run(backend, vocab_size=100, **objectives)
+    for k in values:
+        torch.testing.assert_close(values[k], small_values[k], rtol=1e-5, atol=1e-6)
+    for k in GRADIENTS:
+        torch.testing.assert_close(gradients[k], small[k], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+def test_infinite_where_it_is_infinite(backend):
+    """The student excludes a token that the teacher holds possible: forward KL is infinite, others are not."""
+    problem = Problem()
+    problem.operands["student_bias"][5] = -math.inf
+    problem.labels[problem.labels == 5] = 6
+    assert problem.run(backend, student="forward_kl", requires=())[0]["student"] == math.inf
+    for name in ("reverse_kl", "jsd", "skew_kl", "tvd"):
+        values, gradients = problem.run(backend, student=name)
+        assert math.isfinite(values["student"])
+        assert all(g.isfinite().all() for k, g in gradients.items() if g is not None and "student" in k)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_change_nothing_but_rounding(backend):
+    options = {"student": "jsd", "teacher": Objective("forward_kl", ce_weight=0.5)}
+    one, one_gradients = Problem(n=13).run(backend, workspace_bytes=1 << 30, **options)
+    many, many_gradients = Problem(n=13).run(backend, workspace_bytes=1, **options)
+    for name in one:
+        torch.testing.assert_close(one[name], many[name], rtol=1e-6, atol=1e-6)
+    for name in GRADIENTS:
+        torch.testing.assert_close(one_gradients[name], many_gradients[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_are_bitwise_equal(backend):
+    runs = [Problem().run(backend, teacher=Objective("reverse_kl", ce_weight=0.1)) for _ in range(2)]
+    for first, second in zip(runs[0], runs[1], strict=True):
+        for name in first:
+            assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_twice(backend):
+    problem = Problem()
+    x = problem.operands["student_hidden"].clone().requires_grad_()
+    w = problem.operands["student_weight"].clone().requires_grad_()
+    for reduction in ("mean", "none"):
+        x.grad = w.grad = None
+        loss = linear_distillation_loss(
+            x,
+            w,
+            problem.operands["teacher_hidden"],
+            problem.operands["teacher_weight"],
+            reduction=reduction,
+            backend=backend,
+        ).student.sum()
+        loss.backward(retain_graph=True)
+        once = x.grad.clone(), w.grad.clone()
+        loss.backward()
+        assert torch.equal(x.grad, 2 * once[0]) and torch.equal(w.grad, 2 * once[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_upstream_scalars_of_each_side(backend):
+    """(a * student + b * teacher).backward(): each side's gradient is multiplied by its own factor."""
+    _, unit = Problem().run(backend, teacher="forward_kl")
+    _, scaled = Problem().run(backend, teacher="forward_kl", upstream=(3.0, 0.25))
+    for name in GRADIENTS:
+        torch.testing.assert_close(scaled[name], unit[name] * (3.0 if "student" in name else 0.25))
+
+
+def recorded(requires, n=8, **options):
+    """What a call really ran and allocated, by torch's profiler: shapes of GEMM results, bytes of the largest tensor."""
+    problem = Problem(v=512, n=n, ignored=())
+    problem.bias = False
+    profile = torch.profiler.profile(record_shapes=True, profile_memory=True)
+    problem.run("torch", requires=requires, watch=profile, **{"workspace_bytes": 1 << 30, **options})
+    gemms = []
+    for event in profile.events():
+        if event.name == "aten::mm":
+            gemms.append((event.input_shapes[0][0], event.input_shapes[1][1]))
+        elif event.name == "aten::addmm":
+            gemms.append(tuple(event.input_shapes[0]))
+    return gemms, max(event.self_cpu_memory_usage for event in profile.events())
+
+
+LOGITS, DX_S, DW_S, DX_T, DW_T = (8, 512), (8, D_S), (512, D_S), (8, D_T), (512, D_T)
+
+
+@pytest.mark.parametrize(
+    "requires, options, gemms",
+    [
+        ((), {}, [LOGITS, LOGITS]),
+        (("student_hidden",), {}, [LOGITS, LOGITS, DX_S]),
+        (("student_hidden", "student_weight"), {}, [LOGITS, LOGITS, DX_S, DW_S]),
+        (GRADIENTS, {}, [LOGITS, LOGITS, DX_S, DW_S]),  # a frozen teacher gets none, though it requires grad
+        (("student_hidden", "teacher_hidden"), {"teacher": "forward_kl"}, [LOGITS, LOGITS, DX_S, DX_T]),
+        (GRADIENTS, {"teacher": "forward_kl"}, [LOGITS, LOGITS, DX_S, DW_S, DX_T, DW_T]),
+    ],
+)
+def test_only_wanted_gradients_are_computed(requires, options, gemms):
+    """What was run, not what was promised: the GEMMs of a call, by the shape of their results."""
+    assert recorded(requires, **options)[0] == gemms
+
+
+def test_no_grad_does_no_gradient_work():
+    with torch.no_grad():
+        assert recorded(GRADIENTS, teacher="forward_kl")[0] == [LOGITS, LOGITS]
+
+
+def test_frozen_head_allocates_no_dw():
+    """In chunks of one row, a dW of 512 x 16 floats is by far the largest tensor."""
+    frozen, trained = (recorded((k,), workspace_bytes=1)[1] for k in ("student_hidden", "student_weight"))
+    assert frozen < 512 * D_S * 4 == trained
+
+
+def test_whole_logits_never_exist():
+    """64 rows in chunks of 4: no tensor is larger than a chunk's logits, whatever N is."""
+    hidden = ("student_hidden", "teacher_hidden")
+    assert recorded(hidden, n=64, teacher="jsd", workspace_bytes=4 * 2 * 512 * 4)[1] == 4 * 512 * 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_keeps_fp32_logits(backend):
+    """Under autocast the operands are bf16, as for nn.Linear, and the logits fp32 all the same."""
+    problem = Problem(spread=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values, gradients = problem.run(backend, teacher="forward_kl")
+    problem.operands = {k: x.bfloat16() for k, x in problem.operands.items()}
+    truth_values, truth = problem.run("reference", torch.float64, teacher="forward_kl")
+    assert values["student"].item() == pytest.approx(truth_values["student"].item(), rel=1e-4)
+    for name in GRADIENTS:
+        assert gradients[name].dtype == torch.float32
+        assert relative_error(gradients[name], truth[name]) < BF16, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sides_of_different_dtypes(backend):
+    problem = Problem()
+    for k in GRADIENTS[:3]:
+        problem.operands[k] = problem.operands[k].bfloat16()
+    _, truth = problem.run("reference", torch.float64, teacher="jsd")
+    _, gradients = problem.run(backend, teacher="jsd")
+    for name in GRADIENTS:
+        assert gradients[name].dtype == problem.operands[name].dtype
+        assert relative_error(gradients[name], truth[name]) < (BF16 if "student" in name else 1e-6), name
+
+
+def test_fp64_operands_stay_fp64():
+    values, gradients = Problem(dtype=torch.float64).run("torch", teacher="jsd")
+    truth_values, truth = Problem(dtype=torch.float64).run("reference", teacher="jsd")
+    assert values["student"].item() == pytest.approx(truth_values["student"].item(), rel=1e-13)
+    for name in GRADIENTS:
+        assert relative_error(gradients[name], truth[name]) < 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tied_embedding_gathers_both_gradients(backend):
+    """The head is also the input embedding: autograd adds the two."""
+    ids = torch.arange(N)
+    problem = Problem()
+
+    def run(backend, dtype):
+        w = problem.operands["student_weight"].to(dtype).clone().requires_grad_()
+        y, wt = problem.operands["teacher_hidden"].to(dtype), problem.operands["teacher_weight"].to(dtype)
+        linear_distillation_loss(w[ids].tanh(), w, y, wt, backend=backend).total.backward()
+        return w.grad
+
+    assert relative_error(run(backend, torch.float32), run("reference", torch.float64)) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_checkpointing_around_the_loss(backend):
+    problem = Problem()
+    x = problem.operands["student_hidden"].requires_grad_()
+    args = [problem.operands[k] for k in ("student_weight", "teacher_hidden", "teacher_weight")]
+
+    def student_loss(x):
+        return linear_distillation_loss(x, *args, backend=backend).student
+
+    student_loss(x).backward()
+    expected, x.grad = x.grad, None
+    torch.utils.checkpoint.checkpoint(student_loss, x, use_reentrant=False).backward()
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distillation_loss_from_logits(dtype, backend):
+    v, counted = 50, torch.arange(N) != 2
+    z = (torch.randn(N, v + 3) * 2).to(dtype).requires_grad_()
+    u = (torch.randn(N, v + 6) * 2).to(dtype).requires_grad_()
+    labels = torch.where(counted, torch.randint(0, v, (N,)), -100)
+    options = {
+        "student": Objective("jsd", ce_weight=0.2),
+        "teacher": Objective("forward_kl", 0.5, 0.5),
+        "temperature": 2.0,
+    }
+    before = z.detach().clone()
+    loss = distillation_loss(z, u, labels, vocab_size=v, backend=backend, **options)
+    loss.total.backward()
+    wide = [x.detach().double().requires_grad_() for x in (z, u)]
+    truth = distillation_loss(*wide, labels, vocab_size=v, backend="reference", **options)
+    truth.total.backward()
+    assert torch.equal(z.detach(), before), "the caller's logits are left alone"
+    assert loss.student.item() == pytest.approx(truth.student.item(), rel=1e-5)
+    assert loss.teacher.item() == pytest.approx(truth.teacher.item(), rel=1e-5)
+    for x, expected in zip((z, u), wide, strict=True):
+        assert x.grad.dtype == dtype
+        assert relative_error(x.grad, expected.grad) < (1e-6 if dtype == torch.float32 else BF16)
+
+
+def test_module_form_holds_options_and_takes_others():
+    problem = Problem()
+    args = [problem.operands[k] for k in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")]
+    module = LinearDistillationLoss(student="jsd", temperature=2.0)
+    expected = linear_distillation_loss(*args, student="jsd", temperature=3.0)
+    assert module(*args, temperature=3.0).student == expected.student
+    assert repr(module) == "LinearDistillationLoss(student='jsd', temperature=2.0)"
+
+
+def test_total_is_both_sides():
+    problem = Problem()
+    args = [problem.operands[k] for k in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")]
+    frozen = linear_distillation_loss(*args)
+    assert frozen.teacher is None and frozen.total is frozen.student
+    online = linear_distillation_loss(*args, teacher="reverse_kl")
+    assert online.total == online.student + online.teacher
+
+
+X, W, Y, U = torch.zeros(4, 8), torch.zeros(32, 8), torch.zeros(4, 6), torch.zeros(32, 6)
+
+
+@pytest.mark.parametrize(
+    "args, options, error, message",
+    [
+        ((X, W, Y, torch.zeros(40, 6)), {}, ValueError, r"student 32 and teacher 40.*pass vocab_size=len\(tokenizer\)"),
+        ((X, W, Y, U), {"vocab_size": 33}, ValueError, r"vocab_size in \[1, 32\].*got 33"),
+        ((X, U, Y, W), {}, ValueError, r"student_hidden of shape \(\.\.\., 6\).*got \(4, 8\).*swapped"),
+        ((X, W, Y[:3], U), {}, ValueError, r"one leading shape; got \(4, 8\) and \(3, 6\)"),
+        ((X, W.bfloat16(), Y, U), {}, TypeError, r"student's head in torch.float32.*got torch.bfloat16.*autocast"),
+        ((X.long(), W, Y, U), {}, TypeError, "floating-point student_hidden; got torch.int64"),
+        ((X, W.to(torch.int8), Y, U), {}, TypeError, "got torch.int8: dequantise"),
+        ((X, W[0], Y, U), {}, ValueError, r"weight of shape \(V, D\); got \(8,\)"),
+        ((X, nn.Identity(), Y, U), {}, TypeError, "got Identity"),
+        ((X.to("meta"), W, Y.to("meta"), U), {}, ValueError, "student's head on meta.*got cpu"),
+        ((X, W, Y.to("meta"), U.to("meta")), {}, ValueError, "one device; got cpu and meta"),
+        ((X, W, Y, U, torch.zeros(3).long()), {}, ValueError, r"labels of shape \(4,\).*got \(3,\)"),
+        ((X, W, Y, U, torch.zeros(4)), {}, TypeError, "torch.int64; got torch.float32"),
+        ((X, W, Y, U, torch.full((4,), 32)), {}, ValueError, r"labels in \[0, 32\) or ignore_index=-100; got 32"),
+        ((X, W, Y, U, torch.full((4,), -1)), {}, ValueError, "got -1"),
+        (
+            (X, W, Y, U),
+            {"student": Objective(ce_weight=0.5)},
+            ValueError,
+            "labels, since the student's ce_weight is 0.5",
+        ),
+        ((X, W, Y, U), {"student": "kl"}, ValueError, "expected a divergence out of"),
+        ((X, W, Y, U), {"temperature": 0}, ValueError, "temperature > 0; got 0"),
+        ((X, W, Y, U), {"reduction": "avg"}, ValueError, "mean, sum or none; got 'avg'"),
+        ((X, W, Y, U), {"reduction": "sum", "normalizer": 3}, ValueError, "normalizer with reduction='mean' only"),
+        ((X, W, Y, U), {"backend": "cuda"}, ValueError, "one of auto, triton, torch, reference; got 'cuda'"),
+        ((X, W, Y, U), {"workspace_bytes": 0}, ValueError, "workspace_bytes > 0; got 0"),
+        ((X, W, Y, U), {"token_weights": torch.ones(3)}, ValueError, r"token_weights of shape \(4,\).*got \(3,\)"),
+        ((X, W, Y, U), {"token_weights": torch.ones(4, requires_grad=True)}, ValueError, "without gradient"),
+        ((X, LinearHead(W), Y, U), {"labels": torch.zeros(4, 1).long()}, ValueError, r"got \(4, 1\)"),
+    ],
+)
+def test_errors(args, options, error, message):
+    with pytest.raises(error, match=message):
+        linear_distillation_loss(*args, **options)
+
+
+def test_an_explicit_backend_never_falls_back(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="expected CUDA or ROCm tensors for backend='triton'; got cpu"):
+        linear_distillation_loss(X, W, Y, U, backend="triton")
+
+
+def test_logit_errors():
+    with pytest.raises(ValueError, match="student 32 and teacher 40"):
+        distillation_loss(torch.zeros(4, 32), torch.zeros(4, 40))
+    with pytest.raises(TypeError, match="floating-point teacher_logits"):
+        distillation_loss(torch.zeros(4, 32), torch.zeros(4, 32).long())
+    with pytest.raises(ValueError, match="one leading shape"):
+        distillation_loss(torch.zeros(4, 32), torch.zeros(5, 32))
