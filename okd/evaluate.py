@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice, takewhile
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd.data import IGNORE, Collator
-from okd.models import hidden_states
+from okd.models import base_teacher, hidden_states
 from okd_kernels import LinearHead, linear_distillation_loss
 
 Row = dict[str, Any]
@@ -88,7 +88,7 @@ def divergence_metrics(
         raise ValueError("expected a row with a response token, got none; pass rows whose labels are not all -100")
     collate = Collator(pad_token_id)
     totals, tokens = torch.zeros(len(STATISTICS), dtype=torch.float64), 0
-    with _evaluating(student, teacher), _unadapted(teacher):
+    with _evaluating(student, teacher), nullcontext() if teacher is None else base_teacher(teacher):
         student_head = _head(student, "student", rows)
         # without a teacher the student stands in for it, so that its perplexity takes one forward
         teacher_head = student_head if teacher is None else _head(teacher, "teacher", rows)
@@ -200,11 +200,6 @@ def _evaluating(*models: PreTrainedModel | None) -> Iterator[None]:
             module.training = training
         for parameter, requires_grad in parameters:
             parameter.requires_grad_(requires_grad)
-
-
-def _unadapted(model: Any) -> AbstractContextManager[None]:
-    """The model without its PEFT adapter, if it has one."""
-    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
 def _head(model: PreTrainedModel, name: str, rows: Iterable[Row]) -> LinearHead:

@@ -29,7 +29,7 @@ PANELS: dict[tuple[str, str], tuple[Curve, ...]] = {  # (title, y label) -> curv
         Curve("loss", "total", OTHER),
         Curve("student_loss", "student"),
         Curve("teacher_loss", "teacher's online module", TEACHER),
-        Curve("eval_loss", "total, held out", OTHER),
+        Curve("eval_loss", "student, held out"),
     ),
     ("KL(base teacher ‖ student)", "nats per token"): (
         Curve("base_forward_kl", "training"),
@@ -41,7 +41,7 @@ PANELS: dict[tuple[str, str], tuple[Curve, ...]] = {  # (title, y label) -> curv
     ),
     ("Learning rate", "learning rate"): (
         Curve("learning_rate", "student"),
-        Curve("teacher_learning_rate", "teacher's online module", TEACHER),
+        Curve("online_learning_rate", "teacher's online module", TEACHER),
     ),
     ("Throughput", "tokens per second"): (Curve("tokens_per_second", "training", OTHER),),
 }
@@ -178,7 +178,7 @@ def _figure(log_history: Log) -> Figure:
                 markersize=4,
             )
         axes.set(title=title, xlabel="step", ylabel=ylabel)
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))  # from zero, so that heights compare
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)

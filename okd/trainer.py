@@ -1,0 +1,360 @@
+"""The step: one module that holds student and teacher, so that one backward and one optimizer serve both."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers.utils import logging
+
+from okd.config import OKDConfig
+from okd.data import Collator, Encoded, encode
+from okd.evaluate import divergence_metrics
+from okd.models import (
+    adapter_names,
+    attach_online_module,
+    base_teacher,
+    check_head,
+    describe_parameters,
+    hidden_states,
+)
+from okd_kernels import DistillationLoss, LinearHead, Objective, linear_distillation_loss
+
+logger = logging.get_logger(__name__)
+STUDENT, ADAPTER = "student", "teacher_adapter"  # directories of a saved run or checkpoint
+
+
+class StudentTeacher(nn.Module):
+    """Student and teacher as one module: forward is the loss of a batch.
+
+    Only response tokens reach the heads: `positions`, found by the collator on the CPU, select the rows.
+    """
+
+    accepts_loss_kwargs = True  # tells Trainer that the loss is divided by the tokens of the whole (accumulated) batch
+
+    def __init__(self, student: Any, teacher: Any | None, args: OKDConfig):
+        super().__init__()
+        self.student, self.teacher = student, teacher
+        self.student_objective: Objective = args.student_objective
+        self.teacher_objective: Objective | None = args.teacher_objective
+        self.temperature, self.vocab_size = args.temperature, args.vocab_size
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor,  # (B, T)
+        positions: Tensor,  # (N,) flat indices of the rows that predict a response token
+        targets: Tensor,  # (N,)
+        normalizer: Tensor | float | None = None,
+    ) -> DistillationLoss:
+        student = self._rows(self.student, input_ids, attention_mask, positions)
+        head = LinearHead.from_model(self.student)
+        if self.teacher is None:
+            return _supervised(student, head, targets, normalizer, self.student_objective.ce_weight)
+        with torch.set_grad_enabled(self.teacher_objective is not None and torch.is_grad_enabled()):
+            teacher = self._rows(self.teacher, input_ids, attention_mask, positions)
+        return linear_distillation_loss(
+            student,
+            head,
+            teacher,
+            LinearHead.from_model(self.teacher),
+            targets,
+            student=self.student_objective,
+            teacher=self.teacher_objective,
+            normalizer=normalizer,
+            temperature=self.temperature,
+            vocab_size=self.vocab_size,
+        )
+
+    @staticmethod
+    def _rows(model: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        return hidden_states(model, input_ids, attention_mask).flatten(0, 1)[positions]
+
+    def train(self, mode: bool = True) -> StudentTeacher:
+        """A frozen teacher stays in evaluation mode: its dropout would blur the target."""
+        super().train(mode)
+        if self.teacher is not None and self.teacher_objective is None:
+            self.teacher.eval()
+        return self
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        self.student.gradient_checkpointing_enable(**options)
+        if self.teacher is not None and self.teacher_objective is not None:
+            self.teacher.gradient_checkpointing_enable(**options)
+            self.teacher.enable_input_require_grads()
+
+
+def _supervised(
+    hidden: Tensor, head: LinearHead, targets: Tensor, normalizer: Tensor | float | None, weight: float
+) -> DistillationLoss:
+    """Cross-entropy of the response rows, for a student without a teacher."""
+    logits = head.logits(hidden).float()
+    nll = nn.functional.cross_entropy(logits, targets, reduction="none")
+    loss = weight * nll.sum() / (max(len(targets), 1) if normalizer is None else normalizer)
+    return DistillationLoss(loss, None, {"student_nll": nll.detach()})
+
+
+class _Progress(ProgressCallback):
+    """The training bar, with the last log entry beside it instead of a line for every entry."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            names = (("student_loss", "student"), ("teacher_loss", "teacher"), ("base_forward_kl", "KL"))
+            shown = {short: f"{logs[name]:.3f}" for name, short in names if name in logs}
+            if "tokens_per_second" in logs:
+                shown["tok/s"] = f"{logs['tokens_per_second']:.0f}"
+            if shown:
+                self.training_bar.set_postfix(shown)
+
+
+class OKDTrainer(Trainer):
+    """Distil a teacher into a student: online knowledge distillation, or any preset of `okd.config.METHODS`.
+
+    `OKDTrainer(student, teacher, OKDConfig(output_dir=...), train_dataset=..., processing_class=tokenizer).train()`
+
+    Args:
+        student, teacher: transformers causal LMs with one tokenizer. With an online method, the teacher gets its online
+            module here unless it is a PEFT model already. `teacher=None` with `method="sft"` only.
+        train_dataset, eval_dataset: examples (`messages`, `prompt` + `completion`, or `text`), or `okd.data.encode`'s.
+        processing_class: the tokenizer.
+
+    It saves the student (plain `from_pretrained` loads it) and the teacher's adapter, and resumes from checkpoints.
+
+    Raises:
+        ValueError: nothing would train, a base weight of the teacher would, or a head does more than a matrix product.
+        FloatingPointError: a loss is not finite; the ids of its batch are saved first.
+    """
+
+    args: OKDConfig
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any | None = None,
+        args: OKDConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ):
+        args = args or OKDConfig()
+        if processing_class is None:
+            raise ValueError("expected processing_class, the tokenizer of both models; got None")
+        if args.preset.divergence and teacher is None:
+            raise ValueError(f"expected a teacher for method {args.method!r}; got None: pass one, or use method='sft'")
+        if not args.preset.divergence:
+            teacher = None
+        if teacher is not None:
+            teacher = _prepare_teacher(teacher, args)
+        train_rows, eval_rows = (_rows(data, processing_class, args) for data in (train_dataset, eval_dataset))
+        for name, model in (("student", student), ("teacher", teacher)):
+            if model is not None:
+                check_head(model, name)
+        if not any(p.requires_grad for p in student.parameters()):
+            raise ValueError("expected a student with trainable parameters; all are frozen: call requires_grad_()")
+        super().__init__(
+            model=StudentTeacher(student, teacher, args),
+            args=args,
+            data_collator=kwargs.pop("data_collator", None) or Collator(processing_class.pad_token_id),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.pair: Any = self.model
+        self.tokenizer: Any = processing_class
+        for callback in (ProgressCallback, PrinterCallback):
+            if self.pop_callback(callback) is not None and callback is ProgressCallback:
+                self.add_callback(_Progress)
+        self._sums: dict[str, Any] = {}
+        self._last_batch: dict[str, Tensor] = {}
+        self._logged_at = time.perf_counter()
+        logger.warning(describe_parameters(student, teacher))
+
+    # --- the step ---
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._logged_at = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ids = inputs.pop("ids", None)
+        batch = {name: inputs[name] for name in ("input_ids", "attention_mask", "positions", "targets")}
+        loss = model(**batch, normalizer=num_items_in_batch)
+        total = loss.total
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            total = total * self.accelerator.num_processes  # DDP averages gradients; the normalizer counts all devices
+        if not torch.isfinite(total):
+            self._stop(loss, ids)
+        self._note(loss, batch, num_items_in_batch)
+        return (total, loss) if return_outputs else total
+
+    def _stop(self, loss: DistillationLoss, ids: Sequence[str] | None) -> None:
+        step = self.state.global_step
+        path = Path(str(self.args.output_dir)) / f"non_finite_batch_{step}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"step": step, "ids": ids}, indent=2))
+        teacher = "none" if loss.teacher is None else f"{loss.teacher.item():.4g}"
+        raise FloatingPointError(
+            f"step {step}: expected a finite loss; got student {loss.student.item():.4g}, teacher {teacher}. The ids of "
+            f"the batch are in {path}: look at these examples, or lower learning_rate or max_grad_norm"
+        )
+
+    def _note(self, loss: DistillationLoss, batch: dict[str, Tensor], normalizer: Tensor | None) -> None:
+        """Add this micro-batch to the sums behind the next log entry; stays on the device."""
+        n = len(batch["targets"])
+        share = n if normalizer is None else normalizer
+        sums: dict[str, Any] = {
+            "student_loss": loss.student.detach() * share,
+            "response_tokens": n,
+            "tokens": batch["attention_mask"].sum(),
+        }
+        if loss.teacher is not None:
+            sums["teacher_loss"] = loss.teacher.detach() * share
+        if "top1_agreement" in loss.metrics:
+            sums["forward_kl"] = loss.metrics["forward_kl"].sum()
+            sums["top1_agreement"] = loss.metrics["top1_agreement"].sum()
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0) + value
+        self._last_batch = batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add per-token losses and statistics since the last entry, the KL to the base teacher, and the throughput."""
+        if "loss" in logs and self._sums:
+            sums = {name: float(value) for name, value in self._sums.items()}
+            tokens, response_tokens = sums.pop("tokens"), sums.pop("response_tokens")
+            now = time.perf_counter()
+            logs |= {name: value / response_tokens for name, value in sums.items()}
+            logs["tokens_per_second"] = tokens / (now - self._logged_at)
+            if self.pair.teacher is not None:
+                logs["base_forward_kl"] = self._base_forward_kl()
+            if self.args.preset.online and self.optimizer is not None:
+                logs["online_learning_rate"] = self.optimizer.param_groups[-1]["lr"]
+            self._sums, self._logged_at = {}, time.perf_counter()
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def _base_forward_kl(self) -> float:
+        """KL(base teacher || student) of the last batch: the teacher as it was before its online module."""
+        with base_teacher(self.pair.teacher), self.accelerator.autocast():
+            return self.pair(**self._last_batch).metrics["forward_kl"].mean().item()
+
+    # --- the two sides' parameters ---
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One optimizer: the student's weights that decay, those that do not, and the teacher's online module."""
+        if self.optimizer is None:
+            decaying = set(self.get_decay_parameter_names(self.pair.student))
+            student = [(n, p) for n, p in self.pair.student.named_parameters() if p.requires_grad]
+            rate = self.args.online_learning_rate
+            online = [] if self.pair.teacher is None else self.pair.teacher.parameters()
+            groups = [
+                {"params": [p for n, p in student if n in decaying], "weight_decay": self.args.weight_decay},
+                {"params": [p for n, p in student if n not in decaying], "weight_decay": 0.0},
+                {
+                    "params": [p for p in online if p.requires_grad],
+                    "weight_decay": 0.0,
+                    "lr": self.args.learning_rate if rate is None else rate,
+                },
+            ]
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.pair.student)
+            self.optimizer = optimizer_class([group for group in groups if group["params"]], **options)
+        return self.optimizer
+
+    # --- evaluation, saving, resuming ---
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Divergences, perplexity and top-1 agreement on held-out rows, against the base teacher."""
+        rows: Any = self.eval_dataset if eval_dataset is None else _rows(eval_dataset, self.tokenizer, self.args)
+        if rows is None:
+            raise ValueError("expected an eval_dataset; got None: pass one to OKDTrainer or to evaluate")
+        metrics = divergence_metrics(
+            self.pair.student,
+            self.pair.teacher,
+            rows,
+            pad_token_id=self.tokenizer.pad_token_id,
+            batch_size=self.args.per_device_eval_batch_size,
+            progress=not self.args.disable_tqdm,
+        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics[f"{metric_key_prefix}_loss"] = metrics.get(
+            f"{metric_key_prefix}_forward_kl", math.log(metrics[f"{metric_key_prefix}_perplexity"])
+        )
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """`student/` and `teacher_adapter/`: neither the base teacher nor pickles."""
+        directory = Path(str(output_dir or self.args.output_dir))
+        parts = {STUDENT: self.pair.student}
+        if self.args.preset.online:
+            parts[ADAPTER] = self.pair.teacher
+        for name, model in parts.items():
+            own = None
+            if state_dict is not None:  # gathered by FSDP or ZeRO, with the pair's prefixes
+                prefix = "student." if name == STUDENT else "teacher."
+                own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+            model.save_pretrained(directory / name, state_dict=own)
+        self.tokenizer.save_pretrained(directory / STUDENT)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        directory = Path(resume_from_checkpoint)
+        _load_weights(self.pair.student, directory / STUDENT)
+        if self.args.preset.online:
+            _load_weights(self.pair.teacher, directory / ADAPTER)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _prepare_teacher(teacher: Any, args: OKDConfig) -> Any:
+    """Frozen, or with an online module that alone trains. Raises ValueError where something else would."""
+    if not args.preset.online:
+        return teacher.requires_grad_(False)
+    if not hasattr(teacher, "peft_config"):
+        teacher = attach_online_module(teacher, args)
+    adapter = adapter_names(teacher)
+    training = {name for name, p in teacher.named_parameters() if p.requires_grad}
+    if training - adapter:
+        raise ValueError(
+            f"expected only the online module of the teacher to train; {len(training - adapter)} weights of the base "
+            f"would too, such as {min(training - adapter)}: call requires_grad_(False) on them"
+        )
+    if not training:
+        raise ValueError(
+            "expected a teacher whose online module trains; all of its parameters are frozen: load the adapter with "
+            "is_trainable=True, or use a method with a frozen teacher"
+        )
+    return teacher
+
+
+def _rows(data: Any, tokenizer: Any, args: OKDConfig) -> list[dict[str, Any]] | None:
+    if data is None:
+        return None
+    if isinstance(data, Encoded):
+        return data.rows
+    encoded = encode(data, tokenizer, max_length=args.max_length, chat_template=args.chat_template)
+    logger.info(encoded.summary())
+    return encoded.rows
+
+
+def _load_weights(model: Any, directory: Path) -> None:
+    """Weights that `save_pretrained` wrote, into a live model or adapter. Raises FileNotFoundError."""
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: expected a checkpoint of this run; got no such directory")
+    if hasattr(model, "peft_config"):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(directory)))
+    else:
+        from okd.models import load_model
+
+        model.load_state_dict(load_model(str(directory), dtype=model.dtype).state_dict())
