@@ -15,11 +15,12 @@ from typing import Any
 DEMO_LAYERS = (
     "0-9,20-29"  # dropping a middle block leaves a student that can still speak: held-out KL 4 of SmolLM2's 30
 )
-SHOWN = (  # transformers' options worth a line of help; the others work too
-    "output_dir per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs "
-    "max_steps learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm bf16 gradient_checkpointing seed "
-    "logging_steps eval_strategy eval_steps save_strategy save_steps save_total_limit report_to".split()
-)
+SHOWN = {  # transformers' options worth a line of help; the others work too
+    *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed"),
+    *("max_grad_norm", "bf16", "gradient_checkpointing", "logging_steps", "eval_strategy", "eval_steps"),
+    *("save_strategy", "save_steps", "save_total_limit", "report_to"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="okd", help="method preset (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=40, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="training steps (default: %(default)s)")
     parser.add_argument(
         "--student-layers",
         default=DEMO_LAYERS,
@@ -225,6 +226,10 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
     answers = generate_answers(
         model, tokenizer, rows, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
     )
+    if len(answers) < len(rows):
+        raise ValueError(
+            f"expected prompts of at least two tokens; got {len(rows) - len(answers)} shorter: lengthen them"
+        )
     for answer in answers:
         print(answer["answer"] if options.prompt else json.dumps({k: answer[k] for k in ("id", "prompt", "answer")}))
 

@@ -243,7 +243,7 @@ def describe_parameters(student: nn.Module, teacher: nn.Module | None) -> str:
         shapes = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
         total = sum(p.numel() for p in model.parameters())
         share = f"{sum(shapes.values()):,} of {total:,} parameters train"
-        kinds = sorted({".".join(part for part in n.split(".") if not part.isdigit()) for n in shapes})
+        kinds = sorted({".".join([p for p in n.split(".") if p not in ("default", "weight")][-2:]) for n in shapes})
         shown = ", ".join(kinds[:4]) + (f", ... ({len(kinds)} kinds)" if len(kinds) > 4 else "")
         partly = kinds and len(shapes) < sum(1 for _ in model.parameters())
         lines.append(f"{name}: {share}" + (f" ({shown})" if partly else ""))

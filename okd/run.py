@@ -29,6 +29,21 @@ from okd.models import check_tokenizers, keep_layers, load_model, load_tokenizer
 from okd.report import format_samples, format_table, plot_curves
 from okd.trainer import OKDTrainer
 
+RUN_FILES = {"student", "teacher_adapter", "metrics.json", "config.yaml", "curves.png", "before.json"}
+RECORDED = {  # transformers' options that decide a run, written down even at their defaults
+    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
+    *(
+        "lr_scheduler_type",
+        "warmup_steps",
+        "optim",
+        "adam_beta1",
+        "adam_beta2",
+        "weight_decay",
+        "max_grad_norm",
+        "seed",
+    ),
+}
+
 
 @dataclass
 class RunConfig:
@@ -72,6 +87,8 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
         rows[name] = encoded.rows
     measured = rows["held-out"][: config.eval_examples]
 
+    # Before the trainer: reading transformers' defaults resets accelerate's global state.
+    _write(output_dir / "config.yaml", yaml.safe_dump(exact_config(config, args), sort_keys=False))
     trainer = OKDTrainer(
         student,
         teacher,
@@ -80,10 +97,11 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
         eval_dataset=measured,
         processing_class=tokenizer,
     )
-    _write(output_dir / "config.yaml", yaml.safe_dump(exact_config(config, args), sort_keys=False))
+
+    prompts = {example["id"]: example["prompt"] for example in held_out if "prompt" in example}
 
     def measure() -> tuple[dict[str, Any], list[dict[str, str]]]:
-        return evaluate(
+        scores, answers = evaluate(
             student,
             teacher if trainer.pair.teacher is None else trainer.pair.teacher,
             tokenizer,
@@ -93,6 +111,7 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
             max_new_tokens=config.eval_max_new_tokens,
             progress=not args.disable_tqdm,
         )
+        return scores, [{**answer, "prompt": prompts.get(answer["id"], answer["prompt"])} for answer in answers]
 
     before_file = output_dir / "before.json"
     if checkpoint and before_file.is_file():
@@ -132,13 +151,9 @@ def versions() -> dict[str, str]:
 
 
 def exact_config(config: RunConfig, args: OKDConfig) -> dict[str, Any]:
-    """The options of a run that differ from transformers' own defaults; `okd train --config` takes them back."""
-    plain = args.to_dict()
-    defaults = {f.name: f.default for f in dataclasses.fields(transformers.TrainingArguments)}
-    chosen = {k: v for k, v in plain.items() if k not in defaults or v != defaults[k]}
-    internal = {f.name for f in dataclasses.fields(OKDConfig) if not f.init}
-    simple = (str, int, float, bool, list, dict, type(None))
-    chosen = {k: v for k, v in chosen.items() if k not in internal and isinstance(v, simple) and v is not None}
+    """The options that decide a run or differ from transformers' defaults; `okd train --config` takes them back."""
+    defaults = transformers.TrainingArguments(output_dir=args.output_dir).to_dict()
+    chosen = {k: v for k, v in args.to_dict().items() if v is not None and (k in RECORDED or defaults.get(k) != v)}
     transient = ("resume", "overwrite")  # of one invocation, not of the run
     return {**{k: v for k, v in dataclasses.asdict(config).items() if k not in transient and v is not None}, **chosen}
 
@@ -183,9 +198,6 @@ def _prepare_output_dir(config: RunConfig, output_dir: Path) -> str | None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     output_dir.mkdir(parents=True, exist_ok=True)
     return None
-
-
-RUN_FILES = {"student", "teacher_adapter", "metrics.json", "config.yaml", "curves.png", "before.json"}
 
 
 def _models(config: RunConfig) -> tuple[Any, Any, Any]:

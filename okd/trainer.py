@@ -78,7 +78,7 @@ class StudentTeacher(nn.Module):
         return hidden_states(model, input_ids, attention_mask).flatten(0, 1)[positions]
 
     def train(self, mode: bool = True) -> StudentTeacher:
-        """A frozen teacher stays in evaluation mode: its dropout would blur the target."""
+        """A frozen teacher stays in evaluation mode: dropout would blur the target."""
         super().train(mode)
         if self.teacher is not None and self.teacher_objective is None:
             self.teacher.eval()
@@ -203,8 +203,8 @@ class OKDTrainer(Trainer):
         path.write_text(json.dumps({"step": step, "ids": ids}, indent=2))
         teacher = "none" if loss.teacher is None else f"{loss.teacher.item():.4g}"
         raise FloatingPointError(
-            f"step {step}: expected a finite loss; got student {loss.student.item():.4g}, teacher {teacher}. The ids of "
-            f"the batch are in {path}: look at these examples, or lower learning_rate or max_grad_norm"
+            f"step {step}: expected a finite loss; got student {loss.student.item():.4g}, teacher {teacher}. Its batch's "
+            f"ids are in {path}: look at these examples, or lower learning_rate or max_grad_norm"
         )
 
     def _note(self, loss: DistillationLoss, batch: dict[str, Tensor], normalizer: Tensor | None) -> None:
@@ -236,7 +236,8 @@ class OKDTrainer(Trainer):
             if self.pair.teacher is not None:
                 logs["base_forward_kl"] = self._base_forward_kl()
             if self.args.preset.online and self.optimizer is not None:
-                logs["online_learning_rate"] = self.optimizer.param_groups[-1]["lr"]
+                ratio = self.optimizer.param_groups[-1]["initial_lr"] / self.args.learning_rate
+                logs["online_learning_rate"] = logs["learning_rate"] * ratio
             self._sums, self._logged_at = {}, time.perf_counter()
         super().log(logs, start_time)
 

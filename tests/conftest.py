@@ -9,6 +9,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+torch.set_num_threads(1)  # models this small only make threads wait for one another
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:

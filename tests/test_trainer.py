@@ -1,0 +1,385 @@
+"""The training step against the definition of OKD, and everything around it that must not go wrong silently."""
+
+import copy
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from okd import METHODS, OKDConfig, OKDTrainer
+from okd.data import Collator, encode
+from okd.models import base_teacher
+from okd.trainer import StudentTeacher
+from okd_kernels import Objective
+
+
+def config(tmp_path, **options):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "learning_rate": 1e-2,
+    }
+    return OKDConfig(**{**defaults, **options})
+
+
+def trainer(tmp_path, student=None, teacher=None, **options):
+    args = config(tmp_path, **options)
+    if teacher is None and args.preset.divergence:
+        teacher = tiny.llama(seed=1, layers=3, hidden=48)
+    return OKDTrainer(
+        student or tiny.llama(),
+        teacher,
+        args,
+        train_dataset=tiny.examples(),
+        eval_dataset=tiny.examples(8, seed=9),
+        processing_class=tiny.tokenizer(),
+    )
+
+
+def batch(n=3):
+    rows = encode(tiny.examples(n), tiny.tokenizer(), max_length=32).rows
+    return Collator(tiny.EOS)(rows)
+
+
+def random_adapter(teacher):
+    """LoRA starts at no change, where half of its gradients are zero: move it."""
+    for name, parameter in teacher.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_one_step_is_eq_16_and_17(divergence, tmp_path):
+    """Gradients of one step against whole logits and plain PyTorch: student, LoRA, and nothing else."""
+    a = 0.3
+    run = trainer(tmp_path, student_divergence=divergence, teacher_kl_weight=a)
+    random_adapter(run.pair.teacher)
+    student, teacher = (copy.deepcopy(m).double() for m in (run.pair.student, run.pair.teacher))
+    inputs = batch()
+    inputs["ids"] = list(inputs["ids"])
+    run.create_optimizer()
+    run.training_step(run.model, dict(inputs), num_items_in_batch=torch.tensor(len(inputs["targets"])))
+
+    feed = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    mask = inputs["labels"][:, 1:] != -100
+    labels = inputs["labels"][:, 1:][mask]
+    log_q = student(**feed).logits[:, :-1][mask].log_softmax(-1)
+    u = teacher(**feed).logits[:, :-1][mask]
+    log_p = u.log_softmax(-1)
+
+    def kl(x, y):
+        return (x.exp() * (x - y)).sum(-1).mean()
+
+    log_m = (0.5 * (log_q.exp() + log_p.detach().exp())).log()
+    student_loss = {
+        "forward_kl": lambda: kl(log_p.detach(), log_q),
+        "reverse_kl": lambda: kl(log_q, log_p.detach()),
+        "jsd": lambda: 0.5 * kl(log_p.detach(), log_m) + 0.5 * kl(log_q, log_m),
+    }[divergence]()
+    teacher_loss = a * kl(log_q.detach(), log_p) + (1 - a) * nn.functional.cross_entropy(u, labels)
+    (student_loss + teacher_loss).backward()
+
+    trained = 0
+    for ours, definition in ((run.pair.student, student), (run.pair.teacher, teacher)):
+        expected = dict(definition.named_parameters())
+        for name, parameter in ours.named_parameters():
+            truth = expected[name].grad
+            if truth is None:
+                assert parameter.grad is None, f"{name} must not have a gradient"
+                continue
+            error = (parameter.grad.double() - truth).norm() / truth.norm()
+            assert error < 2e-5, f"{name}: relative error {error:.1e}"
+            trained += 1
+    lora = 3 * 2 * 2  # layers, q and v, A and B
+    assert trained == lora + len(list(student.parameters()))
+    assert run._sums["student_loss"].item() / len(labels) == pytest.approx(student_loss.item(), rel=1e-5)
+    assert run._sums["teacher_loss"].item() / len(labels) == pytest.approx(teacher_loss.item(), rel=1e-5)
+
+
+def test_only_response_rows_reach_the_heads(tmp_path, monkeypatch):
+    import okd.trainer as module
+
+    seen = []
+    original = module.linear_distillation_loss
+
+    def spy(*args, **options):
+        student_hidden, _, teacher_hidden, _, targets = args
+        seen.append((len(student_hidden), len(teacher_hidden), targets.tolist()))
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, "linear_distillation_loss", spy)
+    inputs = batch()
+    run = trainer(tmp_path)
+    run.compute_loss(run.model, dict(inputs), num_items_in_batch=torch.tensor(5))
+    labels = inputs["labels"][:, 1:]
+    responses = labels[labels != -100].tolist()
+    assert seen == [(len(responses), len(responses), responses)]
+    assert len(responses) < inputs["attention_mask"].sum()
+
+
+def test_accumulated_micro_batches_are_one_batch(tmp_path):
+    """Batches of unequal token counts: a mean of means would differ."""
+    weights = []
+    for size, accumulation in ((4, 1), (1, 4)):
+        run = trainer(
+            tmp_path,
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+            learning_rate=0.5,
+            max_grad_norm=0.0,
+            warmup_steps=0,
+        )
+        run.train()
+        weights.append({n: p.detach().clone() for n, p in run.pair.named_parameters() if p.requires_grad})
+    moved = 0.0
+    start = dict(tiny.llama().named_parameters())
+    for name, one in weights[0].items():
+        torch.testing.assert_close(one, weights[1][name], rtol=1e-4, atol=2e-6)
+        if name.startswith("student."):
+            moved += (one - start[name.removeprefix("student.")]).norm().item()
+    assert moved > 0.01
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_preset_learns(method, tmp_path):
+    run = trainer(tmp_path, method=method, max_steps=30)
+    before = run.evaluate()
+    run.train()
+    after = run.evaluate()
+    if method == "sft":
+        assert after["eval_perplexity"] < 0.5 * before["eval_perplexity"]
+        assert "eval_forward_kl" not in after
+    else:
+        assert after["eval_forward_kl"] < 0.7 * before["eval_forward_kl"]
+        assert after["eval_loss"] == after["eval_forward_kl"]
+
+
+@pytest.mark.parametrize("module", ["prefix", "p_tuning"])
+def test_prompt_modules_are_the_online_module(module, tmp_path):
+    """Gradients reach the prompt through PEFT's own forward, the hidden rows are the tokens', the base stays."""
+    teacher = tiny.llama(seed=1, layers=3, hidden=48)
+    base = copy.deepcopy(teacher)
+    run = trainer(tmp_path, teacher=teacher, online_module=module, online_virtual_tokens=5, max_steps=3)
+    start = {n: p.detach().clone() for n, p in run.pair.teacher.named_parameters() if p.requires_grad}
+    run.train()
+    moved = [n for n, p in run.pair.teacher.named_parameters() if n in start and not torch.equal(p, start[n])]
+    assert moved and all("prompt_encoder" in n for n in start)
+    inputs = batch()
+    feed = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    with torch.no_grad(), base_teacher(run.pair.teacher):
+        torch.testing.assert_close(run.pair.teacher(**feed).logits, base(**feed).logits)
+
+
+def test_the_base_teacher_is_left_alone_and_the_adapter_moves(tmp_path):
+    teacher = tiny.llama(seed=1, layers=3, hidden=48)
+    base = copy.deepcopy(teacher)
+    run = trainer(tmp_path, teacher=teacher)
+    run.train()
+    feed = {k: batch()[k] for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        online = run.pair.teacher(**feed).logits
+        with base_teacher(run.pair.teacher):
+            assert torch.equal(run.pair.teacher(**feed).logits, base(**feed).logits)
+        assert (online - base(**feed).logits).abs().max() > 1e-3
+
+
+def test_log_entries(tmp_path):
+    run = trainer(tmp_path, max_steps=2, online_learning_rate=3e-3, warmup_steps=0)
+    run.train()
+    entry = next(e for e in run.state.log_history if "student_loss" in e)
+    assert entry["loss"] == pytest.approx(entry["student_loss"] + entry["teacher_loss"], rel=1e-4)
+    assert 0 <= entry["top1_agreement"] <= 1 and entry["tokens_per_second"] > 0
+    assert entry["online_learning_rate"] == pytest.approx(0.3 * entry["learning_rate"])
+    # Before the first step the online module changes nothing: the student's loss is the KL to the base teacher.
+    assert entry["forward_kl"] == pytest.approx(entry["student_loss"], rel=1e-5)
+    assert entry["base_forward_kl"] == pytest.approx(_kl_to_base(run), rel=0.5)
+
+
+def _kl_to_base(run):
+    with torch.no_grad(), base_teacher(run.pair.teacher):
+        return run.pair(**run._last_batch).metrics["forward_kl"].mean().item()
+
+
+def test_one_optimizer_two_learning_rates(tmp_path):
+    run = trainer(tmp_path, online_learning_rate=3e-4, weight_decay=0.1)
+    groups = run.create_optimizer().param_groups
+    names = {id(p): n for n, p in run.pair.named_parameters()}
+    by_side = [{names[id(p)].split(".")[0] for p in g["params"]} for g in groups]
+    assert by_side == [{"student"}, {"student"}, {"teacher"}]
+    assert [g["lr"] for g in groups] == [1e-2, 1e-2, 3e-4]
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0, 0.0]
+    assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in run.pair.parameters())
+
+
+def test_resume_equals_not_stopping(tmp_path):
+    """Student, adapter, optimizer, schedule and data order: bit for bit."""
+    whole = trainer(tmp_path / "whole", max_steps=6)
+    whole.train()
+    first = trainer(tmp_path / "parts", max_steps=6, save_strategy="steps", save_steps=3)
+    first.train()
+    again = trainer(tmp_path / "parts", max_steps=6)
+    again.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3"))
+    assert again.state.global_step == 6
+    expected = dict(whole.pair.named_parameters())
+    for name, parameter in again.pair.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_saves_student_and_adapter_without_pickles(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = trainer(tmp_path)
+    run.train()
+    run.save_model(str(tmp_path / "out"))
+    files = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert not [f for f in files if f.endswith((".bin", ".pt", ".pkl"))]
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student")
+    for name, parameter in student.named_parameters():
+        assert torch.equal(parameter, dict(run.pair.student.named_parameters())[name]), name
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "student").get_vocab() == tiny.tokenizer().get_vocab()
+    from peft import PeftModel
+
+    teacher = PeftModel.from_pretrained(tiny.llama(seed=1, layers=3, hidden=48), tmp_path / "out" / "teacher_adapter")
+    feed = {k: batch()[k] for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(**feed).logits, run.pair.teacher(**feed).logits)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path):
+    student = tiny.llama()
+    run = trainer(tmp_path, student=student)
+    with torch.no_grad():
+        student.model.norm.weight[0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"step 0: expected a finite loss; got student nan.*non_finite_batch_0"):
+        run.train()
+    saved = json.loads((tmp_path / "non_finite_batch_0.json").read_text())
+    assert saved["step"] == 0 and len(saved["ids"]) == 4 and saved["ids"][0].startswith("example-")
+
+
+def test_a_frozen_teacher_stays_in_evaluation_mode(tmp_path):
+    frozen, online = trainer(tmp_path, method="forward_kd").pair, trainer(tmp_path).pair
+    assert not frozen.train().teacher.training and frozen.student.training
+    assert online.train().teacher.training
+
+
+def test_online_module_on_the_last_layers_only(tmp_path):
+    teacher = trainer(tmp_path, online_layers=0.34).pair.teacher
+    layers = {n.split("layers.")[1].split(".")[0] for n, p in teacher.named_parameters() if p.requires_grad}
+    assert layers == {"2"}
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path):
+    gradients = []
+    for checkpointing in (False, True):
+        run = trainer(tmp_path, max_steps=1, gradient_checkpointing=checkpointing, optim="sgd", learning_rate=0.1)
+        run.train()
+        gradients.append({n: p.detach().clone() for n, p in run.pair.named_parameters() if p.requires_grad})
+    for name, one in gradients[0].items():
+        torch.testing.assert_close(one, gradients[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_objectives_of_the_presets():
+    assert OKDConfig(method="okd", teacher_kl_weight=0.2).teacher_objective == Objective("forward_kl", 0.2, 0.8)
+    assert OKDConfig(method="okd").student_objective == Objective("forward_kl")
+    assert OKDConfig(method="jsd", divergence_beta=0.1).student_objective == Objective("jsd", beta=0.1)
+    assert OKDConfig(method="okd", student_divergence="reverse_kl").student_objective == Objective("reverse_kl")
+    assert OKDConfig(method="skew_kd").student_objective == Objective("skew_kl", alpha=0.1)
+    assert OKDConfig(method="forward_kd", student_ce_weight=0.5).student_objective == Objective(ce_weight=0.5)
+    assert all(OKDConfig(method=m).teacher_objective is None for m in METHODS if m != "okd")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "okdd"}, "expected method to be one of sft, forward_kd.*got 'okdd'"),
+        ({"student_divergence": "kl"}, "expected a divergence out of"),
+        ({"divergence_beta": 0.5}, "forward_kl has no beta; got divergence_beta"),
+        ({"method": "jsd", "divergence_beta": 2.0}, "beta between 0 and 1"),
+        ({"teacher_kl_weight": 1.5}, "teacher_kl_weight between 0 and 1; got 1.5"),
+        ({"online_module": "adapter"}, "online_module to be one of lora, prefix, p_tuning"),
+        ({"online_layers": 0}, r"online_layers in \(0, 1\]"),
+        ({"online_rank": 0}, "online_rank of at least 1; got 0"),
+        ({"temperature": 0}, "temperature > 0; got 0"),
+        ({"method": "sft", "student_divergence": "jsd"}, "expected no student_divergence with method sft"),
+    ],
+)
+def test_config_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        OKDConfig(**options)
+
+
+def lora(**options):
+    return get_peft_model(
+        tiny.llama(seed=1), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **options)
+    )
+
+
+def test_refuses_a_base_teacher_that_would_train(tmp_path):
+    teacher = lora()
+    teacher.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1 weights of the base would too, such as .*norm.weight"):
+        trainer(tmp_path, teacher=teacher)
+
+
+def test_refuses_an_online_teacher_that_would_not_train(tmp_path):
+    with pytest.raises(ValueError, match="expected a teacher whose online module trains; all of its parameters are frozen"):
+        trainer(tmp_path, teacher=lora().requires_grad_(False))
+
+
+def test_a_trainable_adapter_is_frozen_where_the_teacher_does_not_learn(tmp_path):
+    run = trainer(tmp_path, teacher=lora(), method="forward_kd")
+    run.train()
+    assert not any(p.requires_grad for p in run.pair.teacher.parameters())
+
+
+def test_refuses_a_student_that_would_not_train(tmp_path):
+    with pytest.raises(ValueError, match="expected a student with trainable parameters"):
+        trainer(tmp_path, student=tiny.llama().requires_grad_(False))
+
+
+def test_refuses_a_missing_teacher_or_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match="expected a teacher for method 'okd'"):
+        OKDTrainer(tiny.llama(), None, config(tmp_path), processing_class=tiny.tokenizer())
+    with pytest.raises(ValueError, match="expected processing_class"):
+        OKDTrainer(tiny.llama(), tiny.llama(), config(tmp_path))
+
+
+def test_heads_of_two_sizes_say_what_to_pass(tmp_path):
+    run = trainer(tmp_path, teacher=tiny.llama(seed=1, vocab=72))
+    with pytest.raises(ValueError, match=r"student 64 and teacher 72.*vocab_size=len\(tokenizer\), at most 64"):
+        run.train()
+    run = trainer(tmp_path, teacher=tiny.llama(seed=1, vocab=72), vocab_size=64, max_steps=1)
+    assert math.isfinite(run.train().training_loss)
+
+
+def test_says_once_what_trains(tmp_path, caplog):
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    pair = trainer(tmp_path).pair
+    logging.disable_propagation()
+    (line,) = [r.getMessage() for r in caplog.records if "parameters train" in r.getMessage()]
+    n = sum(p.numel() for p in pair.student.parameters())
+    m = sum(p.numel() for p in pair.teacher.parameters() if p.requires_grad)
+    assert f"student: {n:,} of {n:,} parameters train" in line
+    assert f"teacher: {m:,} of" in line and "q_proj.lora_A" in line
+
+
+def test_pair_is_one_module_with_one_forward(tmp_path):
+    """What DDP needs: the loss is the module's output, computed inside its forward."""
+    pair = trainer(tmp_path).pair
+    assert isinstance(pair, StudentTeacher)
+    inputs = {k: batch()[k] for k in ("input_ids", "attention_mask", "positions", "targets")}
+    loss = pair(**inputs)
+    assert loss.total.item() == pytest.approx(loss.student.item() + loss.teacher.item())

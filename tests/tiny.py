@@ -1,0 +1,46 @@
+"""Models, a tokenizer and data small enough to train in a test."""
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB, EOS = 64, 1
+
+
+def llama(seed=0, layers=2, hidden=32, vocab=VOCAB, **options):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+        **{"tie_word_embeddings": True, **options},
+    )
+    return LlamaForCausalLM(config)
+
+
+def tokenizer(vocab=VOCAB):
+    words = {"<unk>": 0, "<eos>": EOS, **{f"w{i}": i for i in range(2, vocab)}}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+
+
+def examples(n=24, seed=0):
+    """Prompts of words and completions that continue them by a rule, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for i in range(n):
+        start, length = (int(torch.randint(2, 40, (1,), generator=generator)) for _ in range(2))
+        words = [f"w{start + k}" for k in range(4 + length % 5)]
+        result.append({"id": f"example-{i}", "prompt": " ".join(words[:3]), "completion": " ".join(words[3:])})
+    return result
