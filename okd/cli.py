@@ -127,10 +127,9 @@ def parse_train(argv: Sequence[str]) -> tuple[Any, Any]:
     )
     parser.add_argument("preset", nargs="?", metavar="METHOD", help=argparse.SUPPRESS)
     parser.add_argument("--config", help="YAML file with any of these options")
-    theirs = {f.name for f in dataclasses.fields(TrainingArguments)} - set(SHOWN)
+    theirs = {f.name for f in dataclasses.fields(TrainingArguments)}
     for action in parser._actions:
-        if action.dest in theirs or action.dest == "method" or action.option_strings[:1] == [f"--no_{action.dest}"]:
-            action.help = argparse.SUPPRESS
+        _shorten(action, hide=action.dest == "method" or action.dest in theirs - SHOWN, first_sentence=theirs)
     known = {f.name for c in (RunConfig, OKDConfig) for f in dataclasses.fields(c) if f.init}
     options, _ = parser.parse_known_args(argv)
     if options.config is not None:
@@ -141,6 +140,21 @@ def parse_train(argv: Sequence[str]) -> tuple[Any, Any]:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{_suggest(unknown[0].lstrip('-'), known)}")
     return config, args
+
+
+def _shorten(action: argparse.Action, hide: bool, first_sentence: set[str]) -> None:
+    """One spelling, a short placeholder, one sentence, the default. Only the help changes: all spellings parse."""
+    if hide or action.help == argparse.SUPPRESS or action.option_strings[:1] == [f"--no_{action.dest}"]:
+        action.help = argparse.SUPPRESS
+        return
+    action.option_strings = [name for name in action.option_strings if "_" not in name]
+    text = (action.help or "").replace("%", "%%")
+    if action.dest in first_sentence:
+        text = text.split(". ")[0].rstrip(".")
+    if action.nargs != 0 and action.choices is None:
+        action.metavar = "X" if action.type in (int, float) else action.dest.rpartition("_")[2].upper()
+    shown = action.default not in (None, "", argparse.SUPPRESS) and action.nargs != 0
+    action.help = f"{text} (default: {action.default})" if shown and "default:" not in text else text
 
 
 def _read_config(path: str, known: set[str]) -> dict[str, Any]:

@@ -82,9 +82,12 @@ class OKDConfig(TrainingArguments):
     lr_scheduler_type: str = _option("linear", "schedule of the learning rates")
     warmup_steps: float = _option(0.03, "steps of linear warm-up; below 1, a share of all steps")
     logging_steps: float = _option(10, "steps between log entries; each costs one forward pass of the base teacher")
+    logging_first_step: bool = _option(True, "log the first step too, so that even a short run has a curve")
     logging_nan_inf_filter: bool = _option(False, "keep NaN out of the log; here a NaN stops the run instead")
     remove_unused_columns: bool = _option(False, "drop columns of the data; here the collator needs them")
-    report_to: str | list[str] | None = _option("none", "integrations that receive the log (tensorboard, wandb, ...)")
+    report_to: None | str | list[str] = _option(  # noqa: RUF036  (HfArgumentParser wants this order)
+        "none", "integrations that receive the log (tensorboard, wandb, ...)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

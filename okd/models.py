@@ -87,8 +87,8 @@ def parse_layers(text: str, n_layers: int) -> list[int]:
     """Layer numbers from text such as "0-9,20-29", of a model with n_layers. Raises ValueError."""
     kept: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or not (last if dash else first).isdigit():
             raise ValueError(f'expected layers such as "0-9,20-29"; got {text!r}')
         kept += range(int(first), int(last or first) + 1)
     if not kept or kept != sorted(set(kept)) or kept[-1] >= n_layers:

@@ -123,7 +123,8 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
     result = trainer.train(resume_from_checkpoint=checkpoint)
     training_seconds = time.perf_counter() - training_started
     trainer.save_model(str(output_dir))
-    plot_curves(trainer.state.log_history, output_dir / "curves.png")
+    if any("loss" in entry for entry in trainer.state.log_history):
+        plot_curves(trainer.state.log_history, output_dir / "curves.png")
     after, answers_after = measure()
 
     metrics = {
@@ -189,8 +190,8 @@ def _prepare_output_dir(config: RunConfig, output_dir: Path) -> str | None:
         return checkpoint
     if holds_run and not config.overwrite:
         raise FileExistsError(
-            f"{output_dir} holds another run; pass another --output-dir, --resume to go on from its last checkpoint, or "
-            "--overwrite to remove it"
+            f"{output_dir} holds another run; pass another --output-dir, --resume to go on from its last checkpoint, "
+            "or --overwrite to remove it"
         )
     if holds_run:
         for path in output_dir.iterdir():

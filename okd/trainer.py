@@ -203,8 +203,8 @@ class OKDTrainer(Trainer):
         path.write_text(json.dumps({"step": step, "ids": ids}, indent=2))
         teacher = "none" if loss.teacher is None else f"{loss.teacher.item():.4g}"
         raise FloatingPointError(
-            f"step {step}: expected a finite loss; got student {loss.student.item():.4g}, teacher {teacher}. Its batch's "
-            f"ids are in {path}: look at these examples, or lower learning_rate or max_grad_norm"
+            f"step {step}: expected a finite loss; got student {loss.student.item():.4g}, teacher {teacher}. {path} "
+            "names the examples of its batch: look at them, or lower learning_rate or max_grad_norm"
         )
 
     def _note(self, loss: DistillationLoss, batch: dict[str, Tensor], normalizer: Tensor | None) -> None:

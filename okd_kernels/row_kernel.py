@@ -20,9 +20,15 @@ from torch import Tensor
 from okd_kernels.divergences import DIVERGENCES, Objective
 from okd_kernels.rows import FLOOR, INFINITE, STATISTICS, Side
 
-BLOCK_V, NUM_WARPS = 2048, 8
+BLOCK_V = 2048
 _FLOOR = tl.constexpr(FLOOR)
 _INFINITE = tl.constexpr(INFINITE)
+
+
+def launch_options(is_cuda: bool) -> dict[str, int]:
+    """Eight warps a row. Given 128 registers a thread, ptxas spills in no case, and two rows still share an SM; left to
+    itself it squeezes some cases further and spills a little."""
+    return {"num_warps": 8, **({"maxnreg": 128} if is_cuda else {})}
 
 
 @triton.jit
@@ -42,12 +48,18 @@ def _load(pointer, bias, offsets, loadable, v, scale, softcap, HAS_BIAS: tl.cons
 
 
 @triton.jit
+def _fold(x):
+    """Sums of four neighbours, which one thread holds: running totals take a quarter of the registers."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // 4, 4]), axis=1)
+
+
+@triton.jit
 def _online(x, maximum, total):
     """One block of the online softmax: exp(x - max), the new maximum, the rescaled total, and the rescaling."""
     new = tl.maximum(maximum, tl.max(x, axis=0))
     rescale = tl.exp(maximum - new)
     e = tl.exp(x - new)
-    return e, new, total * rescale + e, rescale
+    return e, new, total * rescale + _fold(e), rescale
 
 
 @triton.jit
@@ -109,12 +121,12 @@ def _row_kernel(
         # pass 1: log-sum-exps. Running totals are vectors, reduced once at the end.
         z_max = _FLOOR + 0.0
         u_max = _FLOOR + 0.0
-        z_total = tl.zeros([BLOCK], dtype=tl.float32)
-        u_total = tl.zeros([BLOCK], dtype=tl.float32)
-        z_total_1 = tl.zeros([BLOCK], dtype=tl.float32)
-        u_total_1 = tl.zeros([BLOCK], dtype=tl.float32)
-        s_value = tl.zeros([BLOCK], dtype=tl.float32)  # sum of exp(z - max) (z - u)
-        t_value = tl.zeros([BLOCK], dtype=tl.float32)
+        z_total = tl.zeros([BLOCK // 4], dtype=tl.float32)
+        u_total = tl.zeros([BLOCK // 4], dtype=tl.float32)
+        z_total_1 = tl.zeros([BLOCK // 4], dtype=tl.float32)
+        u_total_1 = tl.zeros([BLOCK // 4], dtype=tl.float32)
+        s_value = tl.zeros([BLOCK // 4], dtype=tl.float32)  # sum of exp(z - max) (z - u)
+        t_value = tl.zeros([BLOCK // 4], dtype=tl.float32)
         for start in range(0, v, BLOCK):
             offsets = start + columns
             z, _ = _load(z_ptr, z_bias_ptr, offsets, z_loadable, v, z_scale, z_softcap, Z_BIAS, Z_SOFTCAP)
@@ -124,23 +136,23 @@ def _row_kernel(
                 u_old = u_max
                 z_new = tl.maximum(z_old, tl.max(z, axis=0))
                 u_new = tl.maximum(u_old, tl.max(u, axis=0))
-                z_total_1 = z_total_1 * tl.exp(z_old - z_new) + tl.exp(z - z_new)
-                u_total_1 = u_total_1 * tl.exp(u_old - u_new) + tl.exp(u - u_new)
+                z_total_1 = z_total_1 * tl.exp(z_old - z_new) + _fold(tl.exp(z - z_new))
+                u_total_1 = u_total_1 * tl.exp(u_old - u_new) + _fold(tl.exp(u - u_new))
                 z_rescale = tl.exp((z_old - z_new) / temperature)
                 u_rescale = tl.exp((u_old - u_new) / temperature)
                 e_z = tl.exp((z - z_new) / temperature)
                 e_u = tl.exp((u - u_new) / temperature)
-                z_total = z_total * z_rescale + e_z
-                u_total = u_total * u_rescale + e_u
+                z_total = z_total * z_rescale + _fold(e_z)
+                u_total = u_total * u_rescale + _fold(e_u)
                 z_max = z_new
                 u_max = u_new
             else:
                 e_z, z_max, z_total, z_rescale = _online(z, z_max, z_total)
                 e_u, u_max, u_total, u_rescale = _online(u, u_max, u_total)
             if S_SLOPE_SUM == "value":
-                s_value = s_value * z_rescale + e_z * (z - u)
+                s_value = s_value * z_rescale + _fold(e_z * (z - u))
             if T_SLOPE_SUM == "value":
-                t_value = t_value * u_rescale + e_u * (u - z)
+                t_value = t_value * u_rescale + _fold(e_u * (u - z))
         z_sum = tl.sum(z_total, axis=0)
         u_sum = tl.sum(u_total, axis=0)
         # The maximum is subtracted on its own: (z - max) / T - log sum keeps more digits than z / T - lse.
@@ -161,8 +173,8 @@ def _row_kernel(
 
         # pass 2: slope sums that no statistic gives.
         if (S_SLOPE_SUM == "unknown") or (T_SLOPE_SUM == "unknown"):
-            s_sums = tl.zeros([BLOCK], dtype=tl.float32)
-            t_sums = tl.zeros([BLOCK], dtype=tl.float32)
+            s_sums = tl.zeros([BLOCK // 4], dtype=tl.float32)
+            t_sums = tl.zeros([BLOCK // 4], dtype=tl.float32)
             for start in range(0, v, BLOCK):
                 offsets = start + columns
                 z, _ = _load(z_ptr, z_bias_ptr, offsets, z_loadable, v, z_scale, z_softcap, Z_BIAS, Z_SOFTCAP)
@@ -173,10 +185,10 @@ def _row_kernel(
                 p = tl.exp(log_p)
                 if S_SLOPE_SUM == "unknown":
                     _, g = S_RULE(log_q, log_p, q, p, s_a, s_b)
-                    s_sums += g
+                    s_sums += _fold(g)
                 if T_SLOPE_SUM == "unknown":
                     _, g = T_RULE(log_p, log_q, p, q, t_a, t_b)
-                    t_sums += g
+                    t_sums += _fold(g)
             s_slope_sum += tl.sum(s_sums, axis=0)
             t_slope_sum += tl.sum(t_sums, axis=0)
 
@@ -190,13 +202,13 @@ def _row_kernel(
             t_nll = u_log_1 - (u_label - u_max)
         s_row_scale = tl.load(row_scales_ptr + row * 2)
         t_row_scale = tl.load(row_scales_ptr + row * 2 + 1)
-        s_losses = tl.zeros([BLOCK], dtype=tl.float32)
-        t_losses = tl.zeros([BLOCK], dtype=tl.float32)
-        forward = tl.zeros([BLOCK], dtype=tl.float32)
-        reverse = tl.zeros([BLOCK], dtype=tl.float32)
-        s_entropy = tl.zeros([BLOCK], dtype=tl.float32)
-        t_entropy = tl.zeros([BLOCK], dtype=tl.float32)
-        agree = tl.zeros([BLOCK], dtype=tl.float32)
+        s_losses = tl.zeros([BLOCK // 4], dtype=tl.float32)
+        t_losses = tl.zeros([BLOCK // 4], dtype=tl.float32)
+        forward = tl.zeros([BLOCK // 4], dtype=tl.float32)
+        reverse = tl.zeros([BLOCK // 4], dtype=tl.float32)
+        s_entropy = tl.zeros([BLOCK // 4], dtype=tl.float32)
+        t_entropy = tl.zeros([BLOCK // 4], dtype=tl.float32)
+        agree = tl.zeros([BLOCK // 4], dtype=tl.float32)
         for start in range(0, v, BLOCK):
             offsets = start + columns
             z, z_slope = _load(z_ptr, z_bias_ptr, offsets, z_loadable, v, z_scale, z_softcap, Z_BIAS, Z_SOFTCAP)
@@ -206,11 +218,11 @@ def _row_kernel(
             q = tl.exp(log_q)
             p = tl.exp(log_p)
             difference = log_p - log_q
-            forward += p * difference - p + q
-            reverse += p - q - q * difference
-            s_entropy -= q * log_q
-            t_entropy -= p * log_p
-            agree = tl.where((z == z_max) & (u == u_max), 1.0, agree)
+            forward += _fold(p * difference - p + q)
+            reverse += _fold(p - q - q * difference)
+            s_entropy -= _fold(q * log_q)
+            t_entropy -= _fold(p * log_p)
+            agree += _fold(tl.where((z == z_max) & (u == u_max), 1.0, 0.0))
             q_at_1 = q
             p_at_1 = p
             is_label = tl.where(offsets == label, 1.0, 0.0)
@@ -219,7 +231,7 @@ def _row_kernel(
                 # of this block before any warp writes.
                 tl.debug_barrier()
             l, g = S_RULE(log_q, log_p, q, p, s_a, s_b)
-            s_losses += l
+            s_losses += _fold(l)
             if DZ:
                 if HAS_TEMPERATURE and S_CE:
                     q_at_1 = tl.exp(z - z_max - z_log_1)
@@ -230,7 +242,7 @@ def _row_kernel(
                 tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=offsets < dz_storable)
             if T_RULE is not None:
                 l, g = T_RULE(log_p, log_q, p, q, t_a, t_b)
-                t_losses += l
+                t_losses += _fold(l)
                 if DU:
                     if HAS_TEMPERATURE and T_CE:
                         p_at_1 = tl.exp(u - u_max - u_log_1)
@@ -255,7 +267,7 @@ def _row_kernel(
         tl.store(statistics_ptr + 3, tl.sum(t_entropy, axis=0))
         tl.store(statistics_ptr + 4, s_nll)
         tl.store(statistics_ptr + 5, t_nll)
-        tl.store(statistics_ptr + 6, tl.max(agree, axis=0))
+        tl.store(statistics_ptr + 6, tl.minimum(tl.sum(agree, axis=0), 1.0))
 
 
 def _slope_sum(objective: Objective | None) -> str:
@@ -333,5 +345,5 @@ def triton_rows(
             *_scalars(student.objective),
             *_scalars(teacher.objective),
             **constants(student, teacher, labels is not None, temperature),
-            num_warps=NUM_WARPS,
+            **launch_options(torch.version.cuda is not None),
         )

@@ -458,7 +458,7 @@ def test_upstream_scalars_of_each_side(backend):
 
 
 def recorded(requires, n=8, **options):
-    """What a call really ran and allocated, by torch's profiler: shapes of GEMM results, bytes of the largest tensor."""
+    """What a call really ran and allocated, by torch's profiler: result shapes of GEMMs, largest tensor."""
     problem = Problem(v=512, n=n, ignored=())
     problem.bias = False
     profile = torch.profiler.profile(record_shapes=True, profile_memory=True)

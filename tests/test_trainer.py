@@ -261,7 +261,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path):
     run = trainer(tmp_path, student=student)
     with torch.no_grad():
         student.model.norm.weight[0] = math.nan
-    with pytest.raises(FloatingPointError, match=r"step 0: expected a finite loss; got student nan.*non_finite_batch_0"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 0: expected a finite loss; got student nan.*non_finite_batch_0"
+    ):
         run.train()
     saved = json.loads((tmp_path / "non_finite_batch_0.json").read_text())
     assert saved["step"] == 0 and len(saved["ids"]) == 4 and saved["ids"][0].startswith("example-")
@@ -333,7 +335,9 @@ def test_refuses_a_base_teacher_that_would_train(tmp_path):
 
 
 def test_refuses_an_online_teacher_that_would_not_train(tmp_path):
-    with pytest.raises(ValueError, match="expected a teacher whose online module trains; all of its parameters are frozen"):
+    with pytest.raises(
+        ValueError, match="expected a teacher whose online module trains; all of its parameters are frozen"
+    ):
         trainer(tmp_path, teacher=lora().requires_grad_(False))
 
 

@@ -1,0 +1,110 @@
+"""Heads read off real transformers models: the logits must be the model's own."""
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
+
+from okd.models import check_head, hidden_states
+from okd_kernels import LinearHead
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "initializer_range": 0.4,
+}
+MODELS = {
+    "llama": lambda: tiny.llama(),
+    "gemma2: softcap": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=3.0)),
+    "cohere: logit_scale": lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25)),
+    "granite: logits_scaling": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0)),
+    "phi: bias": lambda: PhiForCausalLM(PhiConfig(**SMALL)),
+    "gpt2: tied, fused projections": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)),
+}
+
+
+def randomise(model):
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_the_models_own(name):
+    model = randomise(MODELS[name]())
+    ids = torch.randint(2, 64, (2, 9))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        ours = LinearHead.from_model(model).logits(hidden_states(model, ids, mask))
+        theirs = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    check_head(model, "student")
+
+
+@pytest.mark.parametrize("name", ["gemma2: softcap", "cohere: logit_scale", "granite: logits_scaling"])
+def test_a_head_read_without_its_scale_is_noticed(name, monkeypatch):
+    """What peers ignore silently: with the options dropped, check_head must refuse the model."""
+    model = randomise(MODELS[name]())
+    weight = model.get_output_embeddings().weight
+    monkeypatch.setattr(LinearHead, "from_model", classmethod(lambda cls, m: cls(weight)))
+    with pytest.raises(ValueError, match="expected the student's logits to be its head applied"):
+        check_head(model, "student")
+
+
+def test_peft_model_around_a_model():
+    model = tiny.llama()
+    peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    assert LinearHead.from_model(peft).weight is model.lm_head.weight
+
+
+def test_adapted_head_is_refused():
+    model = get_peft_model(tiny.llama(), LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]))
+    with pytest.raises(TypeError, match="may do more than a matrix product: merge adapters"):
+        LinearHead.from_model(model)
+
+
+def test_model_without_a_head_is_refused():
+    with pytest.raises(ValueError, match="LlamaModel has none"):
+        LinearHead.from_model(tiny.llama().model)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"bias": torch.zeros(9)}, r"bias of shape \(8,\), one for each row of its weight; got \(9,\)"),
+        ({"logit_scale": 0.0}, "logit_scale > 0; got 0.0"),
+        ({"softcap": -1.0}, "softcap > 0, or None for no softcap; got -1.0"),
+        ({"bias": torch.zeros(8, device="meta")}, "bias on cpu, as its weight; got meta"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        LinearHead(torch.zeros(8, 4), **options)
+
+
+def test_of_takes_a_weight_a_linear_layer_or_a_head():
+    layer = nn.Linear(4, 8)
+    assert LinearHead.of(layer).bias is layer.bias
+    assert LinearHead.of(layer.weight).bias is None
+    head = LinearHead(layer.weight)
+    assert LinearHead.of(head) is head

