@@ -1,8 +1,12 @@
-"""Triton kernels run in its interpreter here; that is decided when `triton.jit` decorates them, hence first."""
+"""Triton kernels run in its interpreter; that is decided when `triton.jit` decorates them, hence first.
+
+`OKD_TEST_DEVICE=cuda` runs the tests of the losses on a GPU instead.
+"""
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+if os.environ.get("OKD_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

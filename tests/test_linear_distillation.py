@@ -6,6 +6,7 @@ with fp32 logits is, and no more.
 """
 
 import math
+import os
 from contextlib import nullcontext
 
 import pytest
@@ -22,6 +23,7 @@ from okd_kernels import (
 )
 
 BACKENDS = ("torch", "triton")
+DEVICE = os.environ.get("OKD_TEST_DEVICE", "cpu")
 N, D_S, D_T = 7, 16, 24
 BF16 = 0.006  # two roundings to bf16; the interpreter truncates where a GPU rounds to nearest
 GRADIENTS = ("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias")
@@ -46,8 +48,8 @@ class Problem:
             "teacher_weight": torch.cat([weight, normal(v, D_T - D_S, scale=spread / (D_T - D_S) ** 0.5)], 1),
             "teacher_bias": normal(v, scale=0.1 * spread) - offset,
         }
-        self.operands = {name: x.to(dtype) for name, x in self.operands.items()}
-        self.labels = torch.randint(0, v, (n,), generator=g)
+        self.operands = {name: x.to(DEVICE, dtype) for name, x in self.operands.items()}
+        self.labels = torch.randint(0, v, (n,), generator=g).to(DEVICE)
         self.labels[[i for i in ignored if i < n]] = -100
         self.bias = True
         self.head_options = ({}, {})
@@ -244,14 +246,14 @@ def test_reference_finite_differences(side, name):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_per_token_losses_with_any_upstream(backend):
-    upstream = (torch.randn(N), torch.randn(N))
+    upstream = (torch.randn(N, device=DEVICE), torch.randn(N, device=DEVICE))
     assert_as_good_as_the_reference(
         Problem(),
         backend,
         slack=32.0,
         reduction="none",
         upstream=upstream,
-        token_weights=torch.rand(N),
+        token_weights=torch.rand(N, device=DEVICE),
         student=Objective("jsd", ce_weight=0.5),
         teacher=Objective("forward_kl", ce_weight=0.5),
     )
@@ -259,7 +261,7 @@ def test_per_token_losses_with_any_upstream(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_per_token_upstream_of_one_over_n_survives_fp16(backend):
-    upstream = (torch.full((N,), 1e-6), torch.full((N,), 1e-6))
+    upstream = (torch.full((N,), 1e-6, device=DEVICE),) * 2
     problem = Problem(dtype=torch.float16)
     big, small = (problem.run(backend, reduction="none", upstream=(u, u))[1] for u in (upstream[0] * 1e6, upstream[0]))
     # fp16 holds 1e-6 * gradient with few bits left; the head's gradient is compared where it is representable.
@@ -272,7 +274,7 @@ def test_per_token_upstream_of_one_over_n_survives_fp16(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_weights_and_reductions(reduction, backend):
-    weights = torch.rand(N)
+    weights = torch.rand(N, device=DEVICE)
     values, _ = Problem().run(backend, reduction=reduction, token_weights=weights)
     per_token, _ = Problem().run("reference", torch.float64, reduction="none")
     counted = Problem().labels != -100
@@ -362,8 +364,8 @@ def test_vocab_size_cuts_padding_off_both_heads(backend):
     problem, v = Problem(), 131
     for side, padding in (("student", 5), ("teacher", 13)):
         weight, bias = problem.operands[f"{side}_weight"], problem.operands[f"{side}_bias"]
-        problem.operands[f"{side}_weight"] = torch.cat([weight, torch.randn(padding, weight.shape[1]) * 9])
-        problem.operands[f"{side}_bias"] = torch.cat([bias, torch.full((padding,), 50.0)])
+        problem.operands[f"{side}_weight"] = torch.cat([weight, torch.randn(padding, weight.shape[1]).to(weight) * 9])
+        problem.operands[f"{side}_bias"] = torch.cat([bias, torch.full((padding,), 50.0).to(bias)])
     values, gradients = problem.run(backend, vocab_size=v, teacher="reverse_kl")
     expected_values, expected = Problem().run(backend, teacher="reverse_kl")
     assert values["student"] == expected_values["student"] and values["teacher"] == expected_values["teacher"]
@@ -512,7 +514,7 @@ def test_whole_logits_never_exist():
 def test_autocast_keeps_fp32_logits(backend):
     """Under autocast the operands are bf16, as for nn.Linear, and the logits fp32 all the same."""
     problem = Problem(spread=0.1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         values, gradients = problem.run(backend, teacher="forward_kl")
     problem.operands = {k: x.bfloat16() for k, x in problem.operands.items()}
     truth_values, truth = problem.run("reference", torch.float64, teacher="forward_kl")
@@ -545,7 +547,7 @@ def test_fp64_operands_stay_fp64():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tied_embedding_gathers_both_gradients(backend):
     """The head is also the input embedding: autograd adds the two."""
-    ids = torch.arange(N)
+    ids = torch.arange(N, device=DEVICE)
     problem = Problem()
 
     def run(backend, dtype):
@@ -576,9 +578,9 @@ def test_gradient_checkpointing_around_the_loss(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_distillation_loss_from_logits(dtype, backend):
     v, counted = 50, torch.arange(N) != 2
-    z = (torch.randn(N, v + 3) * 2).to(dtype).requires_grad_()
-    u = (torch.randn(N, v + 6) * 2).to(dtype).requires_grad_()
-    labels = torch.where(counted, torch.randint(0, v, (N,)), -100)
+    z = (torch.randn(N, v + 3) * 2).to(DEVICE, dtype).requires_grad_()
+    u = (torch.randn(N, v + 6) * 2).to(DEVICE, dtype).requires_grad_()
+    labels = torch.where(counted, torch.randint(0, v, (N,)), -100).to(DEVICE)
     options = {
         "student": Objective("jsd", ce_weight=0.2),
         "teacher": Objective("forward_kl", 0.5, 0.5),
