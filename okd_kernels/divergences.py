@@ -155,6 +155,7 @@ class Divergence:
         rule: the same in Triton; `None` where Triton is not installed.
         parameters: name -> default of its at most two parameters, passed as `a`, `b`.
         limits: parameter values at which the divergence is another one: `(values, name)` pairs.
+        dual: `(a, b) -> Objective`: the same number, seen by the other side.
         slope_sum: `sum_v g_v` if the statistics pass knows it ("zero", or "value": the divergence itself);
             else `None`, and the row needs a third pass.
     """
@@ -163,6 +164,7 @@ class Divergence:
     definition: str
     formula: Callable[[Tensor, Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
     rule: Any
+    dual: Callable[[float, float], Objective]
     parameters: Mapping[str, float] = field(default_factory=dict)
     limits: tuple[tuple[tuple[float, ...], str], ...] = ()
     slope_sum: str | None = None
@@ -172,13 +174,28 @@ DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
     {
         entry.name: entry
         for entry in (
-            Divergence("forward_kl", "KL(p || q)", _forward_kl, _forward_kl_rule, slope_sum="zero"),
-            Divergence("reverse_kl", "KL(q || p)", _reverse_kl, _reverse_kl_rule, slope_sum="value"),
+            Divergence(
+                "forward_kl",
+                "KL(p || q)",
+                _forward_kl,
+                _forward_kl_rule,
+                dual=lambda a, b: Objective("reverse_kl"),
+                slope_sum="zero",
+            ),
+            Divergence(
+                "reverse_kl",
+                "KL(q || p)",
+                _reverse_kl,
+                _reverse_kl_rule,
+                dual=lambda a, b: Objective("forward_kl"),
+                slope_sum="value",
+            ),
             Divergence(
                 "skew_kl",
                 "KL(p || a p + (1 - a) q)",
                 _skew_kl,
                 _skew_kl_rule,
+                lambda a, b: Objective("skew_reverse_kl", alpha=a),
                 {"alpha": 0.1},
                 limits=(((0.0,), "forward_kl"),),
             ),
@@ -187,6 +204,7 @@ DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
                 "KL(q || (1 - a) p + a q)",
                 _skew_reverse_kl,
                 _skew_reverse_kl_rule,
+                lambda a, b: Objective("skew_kl", alpha=a),
                 {"alpha": 0.1},
                 limits=(((0.0,), "reverse_kl"),),
             ),
@@ -195,15 +213,17 @@ DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
                 "b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q",
                 _jsd,
                 _jsd_rule,
+                lambda a, b: Objective("jsd", beta=1 - a),
                 {"beta": 0.5},
                 limits=(((0.0,), "forward_kl"), ((1.0,), "reverse_kl")),
             ),
-            Divergence("tvd", "sum |p - q| / 2", _tvd, _tvd_rule),
+            Divergence("tvd", "sum |p - q| / 2", _tvd, _tvd_rule, dual=lambda a, b: Objective("tvd")),
             Divergence(
                 "alpha_beta",
                 "-sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)] / (a b)",
                 _alpha_beta,
                 _alpha_beta_rule,
+                lambda a, b: Objective("alpha_beta", alpha=b, beta=a),
                 {"alpha": 0.2, "beta": 0.7},
                 limits=(((1.0, 0.0), "forward_kl"), ((0.0, 1.0), "reverse_kl")),
             ),
@@ -268,3 +288,14 @@ class Objective:
     def of(cls, objective: str | Objective) -> Objective:
         """The objective itself, or the one that a divergence's name stands for."""
         return cls(objective) if isinstance(objective, str) else objective
+
+    @property
+    def dual(self) -> Objective:
+        """The objective whose divergence has the same value when learner and target exchange places.
+
+        With `teacher=student.dual`, one divergence is differentiated into both sides: student and teacher minimise it
+        together (PESF-KD's joint training), instead of each holding the other still. A cross-entropy stays behind.
+        """
+        other = DIVERGENCES[self.divergence].dual(self.a, self.b)
+        object.__setattr__(other, "weight", self.weight)
+        return other

@@ -179,3 +179,19 @@ def test_limits_are_approached(near, factor):
 def test_errors(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [Objective(name) for name in DIVERGENCES]
+    + [Objective("jsd", beta=0.1), Objective("skew_kl", alpha=0.4), Objective("alpha_beta", alpha=1.2, beta=0.3)],
+    ids=str,
+)
+def test_dual_is_the_same_number_seen_by_the_other_side(objective):
+    log_q, log_p = pair()
+    value = evaluate(objective, log_q, log_p)[0].sum(-1)
+    seen_by_the_other = evaluate(objective.dual, log_p, log_q)[0].sum(-1)
+    torch.testing.assert_close(seen_by_the_other, value, rtol=1e-12, atol=1e-14)
+    assert objective.dual.dual.divergence == objective.divergence
+    assert (objective.dual.dual.a, objective.dual.dual.b) == pytest.approx((objective.a, objective.b))
+    assert Objective("jsd", weight=0.3, ce_weight=0.2).dual == Objective("jsd", weight=0.3)

@@ -194,6 +194,25 @@ def test_definition_of_okd(backend):
 
 
 @pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_joint_training_differentiates_one_divergence_into_both_sides(name, backend):
+    """PESF-KD: with `teacher=student.dual`, the gradients are those of one D(p, q) that holds nothing still."""
+    problem, objective = Problem(ignored=()), Objective(name)
+    t = {k: x.double().requires_grad_() for k, x in problem.operands.items()}
+    z = t["student_hidden"] @ t["student_weight"].T + t["student_bias"]
+    u = t["teacher_hidden"] @ t["teacher_weight"].T + t["teacher_bias"]
+    log_q, log_p = z.log_softmax(-1), u.log_softmax(-1)
+    terms, _ = DIVERGENCES[name].formula(log_q, log_p, log_q.exp(), log_p.exp(), objective.a, objective.b)
+    value = terms.sum(-1).mean()
+    value.backward()
+    values, gradients = problem.run(backend, student=objective, teacher=objective.dual)
+    assert values["student"].item() == pytest.approx(value.item(), rel=1e-5)
+    assert values["teacher"].item() == pytest.approx(value.item(), rel=1e-5)
+    for k in GRADIENTS:
+        assert relative_error(gradients[k], t[k].grad) < 5e-6, k
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
 def test_metrics_are_their_definitions(backend):
     problem = Problem()
     problem.operands["teacher_weight"][:, D_S:] *= 0.5
