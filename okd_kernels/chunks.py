@@ -28,17 +28,22 @@ class Model(NamedTuple):
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
+    low: Tensor | None  # (N, r) scaled hidden states after a LoRA's A
+    up: Tensor | None  # (V, r) its B
     logit_scale: float
     softcap: float | None
     objective: Objective | None
     scale: Tensor  # () factor of the gradients
-    grad_hidden: Tensor | None  # (N, D), hidden's dtype
-    grad_weight: Tensor | None  # (V, D), fp32 or wider; zero beyond vocab_size
-    grad_bias: Tensor | None  # (V,), likewise
+    grad_hidden: Tensor | None = None  # (N, D), hidden's dtype
+    grad_weight: Tensor | None = None  # (V, D), fp32 or wider; rows beyond vocab_size are not written
+    grad_bias: Tensor | None = None  # (V,), likewise
+    grad_low: Tensor | None = None  # (N, r), as grad_hidden
+    grad_up: Tensor | None = None  # (V, r), as grad_weight
 
     @property
     def learns(self) -> bool:
-        return any(gradient is not None for gradient in (self.grad_hidden, self.grad_weight, self.grad_bias))
+        gradients = (self.grad_hidden, self.grad_weight, self.grad_bias, self.grad_low, self.grad_up)
+        return any(gradient is not None for gradient in gradients)
 
 
 def row_backend(name: str) -> Callable[..., None]:
@@ -75,15 +80,21 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.add_(torch.mm(a, b))
 
 
-def _backward(model: Model, rows: slice, gradient: Tensor, dx: Tensor | None) -> None:
-    """The backward GEMMs of one chunk; gradient: (c, V) of its logits, dx: (>= c, D) scratch."""
+def _backward(model: Model, rows: slice, gradient: Tensor, scratch: Tensor) -> None:
+    """The backward GEMMs of one chunk; gradient: (c, V) of its logits, scratch: at least c * max(D, r) elements."""
     v, first = gradient.shape[1], rows.start == 0
-    if model.grad_hidden is not None and dx is not None:
-        dx = dx[: gradient.shape[0]]
-        _accumulate(dx, gradient, model.weight[:v], first=True)
-        torch.mul(dx, model.scale, out=model.grad_hidden[rows])
-    if model.grad_weight is not None:
-        _accumulate(model.grad_weight[:v], gradient.t(), model.hidden[rows], first)
+    for hidden, weight, grad_hidden, grad_weight in (
+        (model.hidden, model.weight, model.grad_hidden, model.grad_weight),
+        (model.low, model.up, model.grad_low, model.grad_up),
+    ):
+        if hidden is None or weight is None:
+            continue
+        if grad_hidden is not None:
+            dx = scratch[: gradient.shape[0] * hidden.shape[1]].view(-1, hidden.shape[1])
+            _accumulate(dx, gradient, weight[:v], first=True)
+            torch.mul(dx, model.scale, out=grad_hidden[rows])
+        if grad_weight is not None:
+            _accumulate(grad_weight[:v], gradient.t(), hidden[rows], first)
     if model.grad_bias is not None:
         total = gradient.sum(0, dtype=model.grad_bias.dtype)
         model.grad_bias[:v] = total if first else model.grad_bias[:v] + total
@@ -113,13 +124,19 @@ def run_chunks(
     width = -(-vocab_size // 16) * 16  # rows start at multiples of 64 bytes, whatever the vocabulary
     chunk = chunk_rows(n, 2 * width * losses.element_size(), workspace_bytes)
     buffers = [losses.new_empty(chunk, width) for _ in models]
-    scratch = [None if m.grad_hidden is None else losses.new_empty(chunk, m.hidden.shape[1]) for m in models]
+    widths = [w.shape[1] for m in models if m.learns for w in (m.weight, m.up) if w is not None]
+    scratch = losses.new_empty(chunk * max(widths, default=0))
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
         sides = []
         for model, buffer in zip(models, buffers, strict=True):
             logits = buffer[: rows.stop - rows.start]
             _project(model.hidden[rows], model.weight[:vocab_size], out=logits[:, :vocab_size])
+            if model.low is not None and model.up is not None:
+                low, up = model.low[rows], model.up[:vocab_size]
+                if low.device.type == "cpu":
+                    low, up = low.to(logits.dtype), up.to(logits.dtype)
+                _accumulate(logits[:, :vocab_size], low, up.t(), first=False)
             # In place: a 16-bit gradient takes the first half of its row.
             gradient = logits.view(model.hidden.dtype)[:, :width] if model.learns else None
             sides.append(Side(logits, model.objective, gradient, model.bias, model.logit_scale, model.softcap))
@@ -132,6 +149,6 @@ def run_chunks(
             vocab_size=vocab_size,
             temperature=temperature,
         )
-        for model, side, dx in zip(models, sides, scratch, strict=True):
+        for model, side in zip(models, sides, strict=True):
             if side.gradient is not None:
-                _backward(model, rows, side.gradient[:, :vocab_size], dx)
+                _backward(model, rows, side.gradient[:, :vocab_size], scratch)

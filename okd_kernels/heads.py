@@ -1,4 +1,4 @@
-"""What stands between hidden states and logits: weight, bias, scale and softcap of a language model's head."""
+"""What stands between hidden states and logits: weight, bias, LoRA, scale and softcap of a language model's head."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LinearHead:
-    """logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap); without softcap the tanh is absent.
+    """logits = softcap * tanh(logit_scale * x / softcap), x = hidden @ weight.T + bias + LoRA; else no tanh.
 
     Attributes:
         weight: (V, D).
         bias: (V,) or None.
         logit_scale: factor of the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
         softcap: Gemma's `final_logit_softcapping`, or None.
+        lora: None, or (A (r, D), B (V, r), scaling): x += scaling * (hidden @ A.T) @ B.T, without merging anything.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; a scale or softcap that is not positive.
@@ -27,6 +28,7 @@ class LinearHead:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    lora: tuple[Tensor, Tensor, float] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Tensor) or not self.weight.is_floating_point():
@@ -43,20 +45,29 @@ class LinearHead:
             )
         if self.bias is not None and self.bias.device != self.weight.device:
             raise ValueError(f"expected the head's bias on {self.weight.device}, as its weight; got {self.bias.device}")
+        if self.lora is not None:
+            down, up, _ = self.lora
+            if down.shape != (up.shape[1], self.weight.shape[1]) or up.shape[0] != self.weight.shape[0]:
+                raise ValueError(
+                    f"expected the head's LoRA of shapes (r, {self.weight.shape[1]}) and ({self.weight.shape[0]}, r); "
+                    f"got {tuple(down.shape)} and {tuple(up.shape)}"
+                )
         if not self.logit_scale > 0:
             raise ValueError(f"expected logit_scale > 0; got {self.logit_scale}")
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"expected softcap > 0, or None for no softcap; got {self.softcap}")
 
     @classmethod
-    def of(cls, head: Tensor | nn.Linear | LinearHead) -> LinearHead:
-        """From a weight (V, D), an `nn.Linear`, or a `LinearHead`."""
+    def of(cls, head: Any) -> LinearHead:
+        """From a weight (V, D), an `nn.Linear`, a `LinearHead`, or PEFT's LoRA around an `nn.Linear`."""
         if isinstance(head, cls):
             return head
         if isinstance(head, Tensor):
             return cls(head)
         if type(head) is nn.Linear:
             return cls(head.weight, head.bias)
+        if type(getattr(head, "base_layer", None)) is nn.Linear and hasattr(head, "lora_A"):
+            return cls(head.base_layer.weight, head.base_layer.bias, lora=_active_lora(head))
         raise TypeError(
             f"expected a head as a weight (V, D), nn.Linear or LinearHead; got {type(head).__name__}, which may do "
             "more than a matrix product: merge adapters or dequantise it, then pass LinearHead(weight, bias)"
@@ -67,7 +78,7 @@ class LinearHead:
         """Read the head off a transformers causal LM (or a PEFT model around one), without importing either.
 
         Honours `final_logit_softcapping` (Gemma), `logit_scale` (Cohere), `logits_scaling` (Granite) and
-        `lm_head_multiplier` (Falcon-H1).
+        `lm_head_multiplier` (Falcon-H1), and a LoRA that is active on the head.
 
         Raises:
             ValueError: there is no output embedding.
@@ -84,17 +95,46 @@ class LinearHead:
             value = getattr(config, name, None)
             if value is not None:
                 scale *= float(value) ** factor
-        return cls(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))
+        return cls(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None), head.lora)
 
     def cast(self, dtype: torch.dtype) -> LinearHead:
         """The same head in another dtype; gradients flow through the cast."""
         bias = None if self.bias is None else self.bias.to(dtype)
-        return LinearHead(self.weight.to(dtype), bias, self.logit_scale, self.softcap)
+        lora = None if self.lora is None else (self.lora[0].to(dtype), self.lora[1].to(dtype), self.lora[2])
+        return LinearHead(self.weight.to(dtype), bias, self.logit_scale, self.softcap, lora)
+
+    def low_rank(self, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(scaling * hidden @ A.T, B): the LoRA as r more inner dimensions of the GEMM; (None, None) without."""
+        if self.lora is None:
+            return None, None
+        down, up, scaling = self.lora
+        return scaling * (hidden @ down.t()), up
 
     def logits(self, hidden: Tensor, vocab_size: int | None = None) -> Tensor:
         """Whole logits (..., vocab_size) by the definition above."""
         x = hidden @ self.weight[:vocab_size].t()
         if self.bias is not None:
             x = x + self.bias[:vocab_size]
+        low, up = self.low_rank(hidden)
+        if low is not None and up is not None:
+            x = x + low @ up[:vocab_size].t()
         x = x * self.logit_scale
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
+
+
+def _active_lora(layer: Any) -> tuple[Tensor, Tensor, float] | None:
+    """A, B and scaling of the adapter that PEFT's layer applies now; None if it is switched off or merged."""
+    if layer.disable_adapters or layer.merged:
+        return None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not names:
+        return None
+    name = names[0]
+    drops = layer.training and getattr(layer.lora_dropout[name], "p", 0.0) > 0
+    plain = not (layer.use_dora.get(name) or layer.lora_bias.get(name))
+    if len(names) > 1 or drops or not plain:
+        raise TypeError(
+            f"expected one active LoRA on the head, without dropout, DoRA or bias; got {', '.join(names)}: activate "
+            "one, set its dropout to 0, or merge it"
+        )
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])

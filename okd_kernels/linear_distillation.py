@@ -117,10 +117,15 @@ def linear_distillation_loss(
             )
         return rows.reduce(losses, statistics, objectives)
 
-    operands = [t for hidden, head in zip(hiddens, heads, strict=True) for t in (hidden, head.weight, head.bias)]
+    operands = [
+        operand
+        for hidden, head in zip(hiddens, heads, strict=True)
+        for operand in (hidden, head.weight, head.bias, *head.low_rank(hidden))
+    ]
     learns = torch.is_grad_enabled()
     needs = [
-        learns and t is not None and t.requires_grad and objectives[i // 3] is not None for i, t in enumerate(operands)
+        learns and t is not None and t.requires_grad and objectives[i // ops.PER_SIDE] is not None
+        for i, t in enumerate(operands)
     ]
     if workspace_bytes is None:
         workspace_bytes = WORKSPACE_BYTES.get(student_hidden.device.type, WORKSPACE_BYTES["cuda"])

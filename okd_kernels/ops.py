@@ -17,9 +17,14 @@ from okd_kernels.divergences import DIVERGENCES, Objective
 from okd_kernels.rows import STATISTICS, Side
 
 FP16_GAIN = 256.0  # lifts fp16 logit gradients out of the subnormal range; divided out in fp32
-N_OPERANDS = 6  # hidden, weight, bias of the student, then of the teacher: the first arguments of linear_distillation
+PER_SIDE = 5  # operands of a side: hidden, weight, bias, and a LoRA's low and up
+BY_ROW = (0, 3)  # those of them that have a row for each token
+N_OPERANDS = 2 * PER_SIDE  # the first arguments of linear_distillation
 
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+# Totals, per-token losses, statistics, and a gradient for each operand: operators cannot return tuples of any length.
+Outputs = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]  # fmt: skip
 
 
 def wide(*dtypes: torch.dtype) -> torch.dtype:
@@ -63,9 +68,13 @@ def linear_distillation(
     student_hidden: Tensor,  # (N, D_s)
     student_weight: Tensor,  # (V, D_s)
     student_bias: Tensor | None,
+    student_low: Tensor | None,  # (N, r) a LoRA's scaled hidden @ A.T
+    student_up: Tensor | None,  # (V, r) its B
     teacher_hidden: Tensor,  # (N, D_t)
     teacher_weight: Tensor,  # (V, D_t)
     teacher_bias: Tensor | None,
+    teacher_low: Tensor | None,
+    teacher_up: Tensor | None,
     labels: Tensor | None,  # (N,) int64, negative: ignored
     row_weights: Tensor,  # (N, 2) weight of each token in each side's total
     scale: Tensor,  # () factor of the totals: 1 / normalizer
@@ -80,9 +89,12 @@ def linear_distillation(
     workspace_bytes: int,
     backend: str,
     needs: Sequence[bool],  # which of the operands want a gradient
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     """Totals (2,), per-token losses (N, 2), statistics (N, 7), and the totals' gradients in the operands' order."""
-    operands = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
+    operands: tuple[Any, ...] = (
+        *(student_hidden, student_weight, student_bias, student_low, student_up),
+        *(teacher_hidden, teacher_weight, teacher_bias, teacher_low, teacher_up),
+    )
     losses, statistics = _row_outputs(student_hidden, teacher_hidden)
     makes_gradients = [need and not per_token for need in needs]
     gradients = [_empty_gradient(x, losses, need) for x, need in zip(operands, makes_gradients, strict=True)]
@@ -97,20 +109,19 @@ def linear_distillation(
     models, gains = [], []
     for i, name, numbers, head in (
         (0, student, student_numbers, head_numbers[:2]),
-        (3, teacher, teacher_numbers, head_numbers[2:]),
+        (PER_SIDE, teacher, teacher_numbers, head_numbers[2:]),
     ):
-        hidden, weight, bias = operands[i], operands[i + 1], operands[i + 2]
-        assert hidden is not None and weight is not None
-        hidden = compact(hidden)
-        buffers = [hidden, weight, bias]  # what a gradient is summed in; the outputs themselves where dtypes allow
-        for j, need in enumerate(makes_gradients[i : i + 3]):
-            dtype = hidden.dtype if j == 0 else wide(hidden.dtype)
-            direct = gradients[i + j].dtype == dtype and (j > 0 or kept is None)
-            shape = hidden.shape if j == 0 else gradients[i + j].shape
-            buffers[j] = None if not need else gradients[i + j] if direct else hidden.new_empty(shape, dtype=dtype)
+        hidden, weight, bias, low, up = operands[i : i + PER_SIDE]
+        mine = (compact(hidden), weight, bias, None if low is None else compact(low), up)
         gains.append(FP16_GAIN if hidden.dtype == torch.float16 else 1.0)
+        buffers = [
+            _sum_buffer(x, output, by_row=j in BY_ROW, compacted=kept is not None) if need else None
+            for j, (x, output, need) in enumerate(
+                zip(mine, gradients[i : i + PER_SIDE], makes_gradients[i : i + PER_SIDE], strict=True)
+            )
+        ]
         objective = _unpack(name, numbers)
-        models.append(Model(hidden, weight, bias, head[0], head[1] or None, objective, scale / gains[-1], *buffers))
+        models.append(Model(*mine, head[0], head[1] or None, objective, scale / gains[-1], *buffers))
 
     row_losses, row_statistics = compact(losses), compact(statistics)
     if len(row_losses):
@@ -129,15 +140,25 @@ def linear_distillation(
     if kept is not None:
         losses[kept], statistics[kept] = row_losses, row_statistics
     for i, model in enumerate(models):
-        _finish(gradients[3 * i : 3 * i + 3], model, kept, vocab_size)
+        _finish(gradients[PER_SIDE * i :], model, kept, vocab_size)
     return (losses * row_weights).sum(0) * scale, losses, statistics, *gradients  # type: ignore[return-value]
+
+
+def _sum_buffer(operand: Tensor | None, output: Tensor, by_row: bool, compacted: bool) -> Tensor:
+    """What an operand's gradient is summed in: the output itself where its rows and dtype allow."""
+    assert operand is not None
+    dtype = operand.dtype if by_row else wide(operand.dtype)
+    if output.dtype == dtype and not (by_row and compacted):
+        return output
+    return torch.empty_like(operand, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _finish(outputs: list[Tensor], model: Model, kept: Tensor | None, vocab_size: int) -> None:
     """Scale the summed gradients, once, and bring them to the operands' rows and dtypes."""
-    if model.grad_hidden is not None and kept is not None:
-        outputs[0].zero_().index_copy_(0, kept, model.grad_hidden)
-    for output, total in ((outputs[1], model.grad_weight), (outputs[2], model.grad_bias)):
+    for output, rows in ((outputs[0], model.grad_hidden), (outputs[3], model.grad_low)):
+        if rows is not None and kept is not None:
+            output.zero_().index_copy_(0, kept, rows)
+    for output, total in ((outputs[1], model.grad_weight), (outputs[2], model.grad_bias), (outputs[4], model.grad_up)):
         if total is None:
             continue
         total[vocab_size if len(model.hidden) else 0 :] = 0  # padding, or everything where no chunk has written
@@ -146,23 +167,23 @@ def _finish(outputs: list[Tensor], model: Model, kept: Tensor | None, vocab_size
 
 @linear_distillation.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    operands, per_token, needs = arguments[:N_OPERANDS], arguments[9], arguments[-1]
-    losses, statistics = _row_outputs(operands[0], operands[3])
+    operands, per_token, needs = arguments[:N_OPERANDS], arguments[N_OPERANDS + 3], arguments[-1]
+    losses, statistics = _row_outputs(operands[0], operands[PER_SIDE])
     wanted = [need and not per_token for need in needs]
     gradients = [_empty_gradient(x, losses, need) for x, need in zip(operands, wanted, strict=True)]
     return losses.new_empty(2), losses, statistics, *gradients
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.options = inputs[10:]
-    ctx.per_token = inputs[9]
+    labels, per_token = N_OPERANDS, N_OPERANDS + 3
+    ctx.per_token, ctx.options = inputs[per_token], inputs[per_token + 1 :]
     ctx.set_materialize_grads(False)  # else autograd would fill a zero dW for every output that nobody used
-    ctx.save_for_backward(*(inputs[:7] if ctx.per_token else output[3:]))
+    ctx.save_for_backward(*(inputs[: labels + 1] if ctx.per_token else output[3:]))
 
 
 def _backward(ctx: Any, totals: Tensor | None, losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     """Upstream times gradient: on the device, and out of place, so that backward may run twice."""
-    needs, none = ctx.options[-1], (None,) * (len(ctx.options) + 10 - N_OPERANDS)
+    needs, none = ctx.options[-1], (None,) * (len(ctx.options) + 4)
     upstream = losses if ctx.per_token else totals
     if upstream is None:
         return (None,) * N_OPERANDS + none
@@ -173,7 +194,7 @@ def _backward(ctx: Any, totals: Tensor | None, losses: Tensor | None, *_: Any) -
         gradients = linear_distillation(*ctx.saved_tensors, upstream / scale, scale, False, *ctx.options)[3:]
     else:
         gradients = [
-            (gradient * upstream[i // 3]).to(gradient.dtype) if need else gradient
+            (gradient * upstream[i // PER_SIDE]).to(gradient.dtype) if need else gradient
             for i, (gradient, need) in enumerate(zip(ctx.saved_tensors, needs, strict=True))
         ]
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + none

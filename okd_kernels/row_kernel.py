@@ -54,15 +54,6 @@ def _fold(x):
 
 
 @triton.jit
-def _online(x, maximum, total):
-    """One block of the online softmax: exp(x - max), the new maximum, the rescaled total, and the rescaling."""
-    new = tl.maximum(maximum, tl.max(x, axis=0))
-    rescale = tl.exp(maximum - new)
-    e = tl.exp(x - new)
-    return e, new, total * rescale + _fold(e), rescale
-
-
-@triton.jit
 def _gradient(g, slope_sum, q, q_at_1, row_scale, weight, ce_weight, is_label, temperature, HAS_CE: tl.constexpr):
     """d(loss)/d(logit): temperature times the divergence's (1/T from the logits, T^2 on the loss), plus the CE's."""
     gradient = weight * temperature * (g - q * slope_sum)
@@ -125,34 +116,34 @@ def _row_kernel(
         u_total = tl.zeros([BLOCK // 4], dtype=tl.float32)
         z_total_1 = tl.zeros([BLOCK // 4], dtype=tl.float32)
         u_total_1 = tl.zeros([BLOCK // 4], dtype=tl.float32)
-        s_value = tl.zeros([BLOCK // 4], dtype=tl.float32)  # sum of exp(z - max) (z - u)
+        s_value = tl.zeros([BLOCK // 4], dtype=tl.float32)  # sum of exp(z - max z) ((z - max z) - (u - max u))
         t_value = tl.zeros([BLOCK // 4], dtype=tl.float32)
         for start in range(0, v, BLOCK):
             offsets = start + columns
             z, _ = _load(z_ptr, z_bias_ptr, offsets, z_loadable, v, z_scale, z_softcap, Z_BIAS, Z_SOFTCAP)
             u, _ = _load(u_ptr, u_bias_ptr, offsets, u_loadable, v, u_scale, u_softcap, U_BIAS, U_SOFTCAP)
-            if HAS_TEMPERATURE:  # the cross-entropies stay at temperature 1
-                z_old = z_max
-                u_old = u_max
-                z_new = tl.maximum(z_old, tl.max(z, axis=0))
-                u_new = tl.maximum(u_old, tl.max(u, axis=0))
-                z_total_1 = z_total_1 * tl.exp(z_old - z_new) + _fold(tl.exp(z - z_new))
-                u_total_1 = u_total_1 * tl.exp(u_old - u_new) + _fold(tl.exp(u - u_new))
-                z_rescale = tl.exp((z_old - z_new) / temperature)
-                u_rescale = tl.exp((u_old - u_new) / temperature)
-                e_z = tl.exp((z - z_new) / temperature)
-                e_u = tl.exp((u - u_new) / temperature)
-                z_total = z_total * z_rescale + _fold(e_z)
-                u_total = u_total * u_rescale + _fold(e_u)
-                z_max = z_new
-                u_max = u_new
-            else:
-                e_z, z_max, z_total, z_rescale = _online(z, z_max, z_total)
-                e_u, u_max, u_total, u_rescale = _online(u, u_max, u_total)
+            z_new = tl.maximum(z_max, tl.max(z, axis=0))
+            u_new = tl.maximum(u_max, tl.max(u, axis=0))
+            z_rise = z_new - z_max
+            u_rise = u_new - u_max
+            z -= z_new
+            u -= u_new
+            z_rescale = tl.exp(-z_rise / temperature)
+            u_rescale = tl.exp(-u_rise / temperature)
+            e_z = tl.exp(z / temperature)
+            e_u = tl.exp(u / temperature)
+            # Logits are taken from their own maximum, lest a constant between the models cost digits.
             if S_SLOPE_SUM == "value":
-                s_value = s_value * z_rescale + _fold(e_z * (z - u))
+                s_value = z_rescale * (s_value + (u_rise - z_rise) * z_total) + _fold(e_z * (z - u))
             if T_SLOPE_SUM == "value":
-                t_value = t_value * u_rescale + _fold(e_u * (u - z))
+                t_value = u_rescale * (t_value + (z_rise - u_rise) * u_total) + _fold(e_u * (u - z))
+            z_total = z_total * z_rescale + _fold(e_z)
+            u_total = u_total * u_rescale + _fold(e_u)
+            if HAS_TEMPERATURE:  # the cross-entropies stay at temperature 1
+                z_total_1 = z_total_1 * tl.exp(-z_rise) + _fold(tl.exp(z))
+                u_total_1 = u_total_1 * tl.exp(-u_rise) + _fold(tl.exp(u))
+            z_max = z_new
+            u_max = u_new
         z_sum = tl.sum(z_total, axis=0)
         u_sum = tl.sum(u_total, axis=0)
         # The maximum is subtracted on its own: (z - max) / T - log sum keeps more digits than z / T - lse.
@@ -165,11 +156,10 @@ def _row_kernel(
             u_log_1 = tl.log(tl.sum(u_total_1, axis=0))
         s_slope_sum = z_log * 0.0
         t_slope_sum = u_log * 0.0
-        lse_difference = (z_max - u_max) / temperature + (z_log - u_log)
         if S_SLOPE_SUM == "value":
-            s_slope_sum = tl.sum(s_value, axis=0) / (z_sum * temperature) - lse_difference
+            s_slope_sum = tl.sum(s_value, axis=0) / (z_sum * temperature) - (z_log - u_log)
         if T_SLOPE_SUM == "value":
-            t_slope_sum = tl.sum(t_value, axis=0) / (u_sum * temperature) + lse_difference
+            t_slope_sum = tl.sum(t_value, axis=0) / (u_sum * temperature) - (u_log - z_log)
 
         # pass 2: slope sums that no statistic gives.
         if (S_SLOPE_SUM == "unknown") or (T_SLOPE_SUM == "unknown"):

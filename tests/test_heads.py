@@ -18,7 +18,7 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from okd.models import check_head, hidden_states
+from okd.models import base_teacher, check_head, hidden_states
 from okd_kernels import LinearHead
 
 SMALL = {
@@ -77,10 +77,44 @@ def test_peft_model_around_a_model():
     assert LinearHead.from_model(peft).weight is model.lm_head.weight
 
 
-def test_adapted_head_is_refused():
-    model = get_peft_model(tiny.llama(), LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]))
+def adapted(**options):
+    model = get_peft_model(
+        tiny.llama(tie_word_embeddings=False), LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], **options)
+    )
+    return randomise(model)
+
+
+def test_lora_on_the_head_is_honoured():
+    """TRL #4612, axolotl #3206: ignored by others. Active, switched off and merged."""
+    model = adapted(r=4, lora_alpha=6)
+    ids = torch.randint(2, 64, (2, 9))
+    mask = torch.ones_like(ids)
+
+    def both():
+        with torch.no_grad():
+            ours = LinearHead.from_model(model).logits(hidden_states(model, ids, mask))
+            return ours, model(input_ids=ids, attention_mask=mask).logits
+
+    active = both()
+    with base_teacher(model):
+        base = both()
+    model.merge_adapter()
+    merged = both()
+    for ours, theirs in (active, base, merged):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (active[0] - base[0]).abs().max() > 0.1
+    check_head(model, "student")
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.5}])
+def test_an_adapter_that_is_not_a_plain_lora_is_refused(options):
+    with pytest.raises(TypeError, match="without dropout, DoRA or bias; got default: activate one"):
+        LinearHead.from_model(adapted(**options).train())
+
+
+def test_other_layers_are_refused():
     with pytest.raises(TypeError, match="may do more than a matrix product: merge adapters"):
-        LinearHead.from_model(model)
+        LinearHead.of(nn.Sequential(nn.Linear(4, 8)))
 
 
 def test_model_without_a_head_is_refused():

@@ -173,6 +173,55 @@ def test_scale_softcap_bias(temperature, backend):
 
 
 @pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_lora_on_the_head_is_honoured(reduction, dtype, backend):
+    """Against the merged weight in fp64: values, and gradients of A and B of both sides. Nothing is merged here."""
+    problem, r, scaling = Problem(dtype=dtype), 3, 1.7
+    adapters = {}
+    for side, d in (("student", D_S), ("teacher", D_T)):
+        adapters[side] = [torch.randn(r, d) * 0.3, torch.randn(131, r) * 0.3]
+        adapters[side] = [x.to(DEVICE, dtype) for x in adapters[side]]
+
+    def run(backend, dtype, merged):
+        t = {k: x.to(dtype).clone().requires_grad_("hidden" in k) for k, x in problem.operands.items()}
+        lora = {side: [x.to(dtype).clone().requires_grad_() for x in pair] for side, pair in adapters.items()}
+        heads = []
+        for side in ("student", "teacher"):
+            down, up = lora[side]
+            weight, bias = t[f"{side}_weight"], t[f"{side}_bias"]
+            if merged:
+                heads.append(LinearHead(weight + scaling * up @ down, bias, softcap=9.0))
+            else:
+                heads.append(LinearHead(weight, bias, softcap=9.0, lora=(down, up, scaling)))
+        loss = linear_distillation_loss(
+            *(t["student_hidden"], heads[0], t["teacher_hidden"], heads[1], problem.labels),
+            **{"student": "jsd", "teacher": Objective("forward_kl", ce_weight=0.5)},
+            **{"backend": backend, "reduction": reduction, "workspace_bytes": 4096},
+        )
+        loss.total.sum().backward()
+        gradients = [t["student_hidden"].grad, t["teacher_hidden"].grad]
+        return loss.total.sum(), gradients + [x.grad for pair in lora.values() for x in pair]
+
+    truth_value, truth = run("reference", torch.float64, merged=True)
+    value, gradients = run(backend, dtype, merged=False)
+    tolerance = 2e-6 if dtype == torch.float32 else 2 * BF16  # bf16: hidden @ A.T is rounded too, as PEFT rounds it
+    assert value.item() == pytest.approx(truth_value.item(), rel=tolerance)
+    for x, expected in zip(gradients, truth, strict=True):
+        assert relative_error(x, expected) < tolerance
+
+
+def test_lora_on_a_frozen_head_computes_no_dw():
+    x, y = torch.randn(8, D_S, requires_grad=True), torch.randn(8, D_T)
+    down, up = torch.randn(3, D_S, requires_grad=True), torch.randn(512, 3, requires_grad=True)
+    head = LinearHead(torch.randn(512, D_S), lora=(down, up, 1.0))
+    with torch.profiler.profile(record_shapes=True) as profile:
+        linear_distillation_loss(x, head, y, torch.randn(512, D_T), backend="torch").total.backward()
+    results = [e.input_shapes[0] for e in profile.events() if e.name == "aten::addmm"]
+    assert [512, 3] in results and [512, D_S] not in results
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
 def test_definition_of_okd(backend):
     """Eq. 16/17 of arXiv 2409.12512, written out in plain PyTorch: values and gradients of both sides."""
     problem, a = Problem(ignored=()), 0.3

@@ -72,27 +72,31 @@ def test_logits_under_compile():
         torch.testing.assert_close(x, y)
 
 
-def arguments(n=5, per_token=False, needs=(True,) * 6, bias=True, labels=True):
+def arguments(n=5, per_token=False, needs=(True,) * 10, extras=True):
     (x, w, y, u), targets = problem(n)
+    sides = []
+    for hidden, weight in ((x, w), (y, u)):
+        others = [torch.randn(s, requires_grad=True) if extras else None for s in (V, (n, 2), (V, 2))]
+        sides += [hidden, weight, *others]
     return (
-        *(x, w, torch.randn(V, requires_grad=True) if bias else None),
-        *(y, u, torch.randn(V, requires_grad=True) if bias else None),
-        torch.where(targets >= 0, targets, -1) if labels else None,
+        *sides,
+        torch.where(targets >= 0, targets, -1) if extras else None,
         *(torch.rand(n, 2), torch.tensor(0.3), per_token),
         *ops.pack(Objective("jsd")),
-        *ops.pack(Objective("reverse_kl", ce_weight=0.5 if labels else 0.0)),
+        *ops.pack(Objective("reverse_kl", ce_weight=0.5 if extras else 0.0)),
         *([1.0, 0.0, 0.7, 5.0], 1.3, V, 2048, "torch"),
-        [need and (bias or i % 3 != 2) for i, need in enumerate(needs)],
+        [need and operand is not None for need, operand in zip(needs, sides, strict=True)],
     )
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("needs", [(True,) * 6, (True, False, False, True, False, False)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_opcheck_linear(per_token, needs, bias):
+@pytest.mark.parametrize("needs", [(True,) * 10, (True, False, False, False, True) * 2])
+@pytest.mark.parametrize("extras", [True, False])
+def test_opcheck_linear(per_token, needs, extras):
+    """With bias, LoRA and labels, and without."""
     torch.library.opcheck(
         torch.ops.okd_kernels.linear_distillation.default,
-        arguments(per_token=per_token, needs=needs, bias=bias, labels=bias),
+        arguments(per_token=per_token, needs=needs, extras=extras),
     )
 
 
