@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -124,21 +125,35 @@ def _tvd_rule(log_q, log_p, q, p, a, b):
 
 
 # --- alpha-beta divergence  (ABKD, arXiv 2505.04560; Cichocki et al. 2011, Eq. 20) -----------------------------------
+# Relative to the larger of p and q, as exp(x) - 1: the textbook's powers cancel where p and q are close.
 
 
 def _alpha_beta(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
-    p_a, q_b = (a * log_p).exp(), (b * log_q).exp()
-    p_ab, q_ab = ((a + b) * log_p).exp(), ((a + b) * log_q).exp()
-    return -(p_a * q_b - (a * p_ab + b * q_ab) / (a + b)) / (a * b), (q_ab - p_a * q_b) / a
+    top = torch.maximum(log_q, log_p)
+    to_q, to_p = log_q - top, log_p - top
+    scale = ((a + b) * top).exp()
+    q_term, mixed = torch.expm1((a + b) * to_q), torch.expm1(a * to_p + b * to_q)
+    l = (a * torch.expm1((a + b) * to_p) + b * q_term) / (a + b) - mixed
+    return scale * l / (a * b), scale * (q_term - mixed) / a
+
+
+@jit
+def _expm1(x):
+    series = 1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8)))
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * series)))
+    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1)
 
 
 @jit
 def _alpha_beta_rule(log_q, log_p, q, p, a, b):
-    p_a = tl.exp(a * log_p)
-    q_b = tl.exp(b * log_q)
-    p_ab = tl.exp((a + b) * log_p)
-    q_ab = tl.exp((a + b) * log_q)
-    return -(p_a * q_b - (a * p_ab + b * q_ab) / (a + b)) / (a * b), (q_ab - p_a * q_b) / a
+    top = tl.maximum(log_q, log_p)
+    to_q = log_q - top
+    to_p = log_p - top
+    scale = tl.exp((a + b) * top)
+    q_term = _expm1((a + b) * to_q)
+    mixed = _expm1(a * to_p + b * to_q)
+    l = (a * _expm1((a + b) * to_p) + b * q_term) / (a + b) - mixed
+    return scale * l / (a * b), scale * (q_term - mixed) / a
 
 
 # --- the table ---------------------------------------------------------------------------------------------------

@@ -57,7 +57,11 @@ def _divergence(
     if objective.divergence == "forward_kl":
         return forward, q - p if wants_gradient else None
     if objective.divergence == "reverse_kl":
-        return reverse, (log_q - log_p).sub_(reverse.unsqueeze(1)).mul_(q) if wants_gradient else None
+        if not wants_gradient:
+            return reverse, None
+        # Centred on its own sum, not on `reverse`: a rounded log-sum-exp then leaves the gradient alone.
+        g = log_q - log_p
+        return reverse, g.sub_(torch.linalg.vecdot(q, g).unsqueeze(1)).mul_(q)
     l, g = DIVERGENCES[objective.divergence].formula(log_q, log_p, q, p, objective.a, objective.b)
     value = l.sum(-1)
     return value, torch.addcmul(g, q, g.sum(-1, keepdim=True), value=-1) if wants_gradient else None
