@@ -1,0 +1,152 @@
+"""The README's code, run as it stands on tiny models: a user who copies a block must get a student that learns."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import TrainingArguments
+
+from okd.data import Collator, encode
+from okd_kernels import LinearHead, linear_distillation_loss
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def block(text):
+    (found,) = [b for b in BLOCKS if text in b]
+    return found
+
+
+def rows():
+    return encode(tiny.examples(), tiny.tokenizer(), max_length=32).rows
+
+
+def kl(student, teacher):
+    """Mean KL(teacher || student) over the response tokens, from whole logits."""
+    batch = Collator(tiny.EOS)(rows())
+    with torch.no_grad():
+        z, u = (
+            m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten(0, 1)
+            for m in (student, teacher)
+        )
+    z, u = z[batch["positions"]].log_softmax(-1), u[batch["positions"]].log_softmax(-1)
+    return (u.exp() * (u - z)).sum(-1).mean().item()
+
+
+def arguments(tmp_path):
+    return {
+        "output_dir": str(tmp_path),
+        "max_steps": 20,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 4,
+    }
+
+
+def test_every_block_is_python_and_named_here():
+    for source in BLOCKS:
+        compile(source, "README.md", "exec")
+    assert len(BLOCKS) == 5
+
+
+def test_plain_loop():
+    student, teacher = tiny.llama(), tiny.llama(seed=1)
+    collated = Collator(tiny.EOS)(rows())
+    batch = SimpleNamespace(**{**collated, "mask": collated["attention_mask"]})
+    optimizer = torch.optim.AdamW(
+        [{"params": student.parameters()}, {"params": teacher.parameters(), "lr": 1e-4}], lr=1e-2
+    )
+    before = kl(student, teacher)
+    start = teacher.lm_head.weight.detach().clone()
+    exec(
+        block("for batch in loader"),
+        {"student": student, "teacher": teacher, "optimizer": optimizer, "loader": [batch] * 20},
+    )
+    assert kl(student, teacher) < 0.5 * before
+    assert not torch.equal(teacher.lm_head.weight, start), "the teacher learns too"
+
+
+def test_transformers_trainer(tmp_path):
+    namespace = {"torch": torch}
+    exec(block("class DistillationTrainer"), namespace)
+    student, teacher = tiny.llama(), tiny.llama(seed=1)
+    before = kl(student, teacher)
+
+    def collate(examples):
+        batch = Collator(tiny.EOS)(examples)
+        return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+
+    args = TrainingArguments(**arguments(tmp_path), remove_unused_columns=False)
+    trainer = namespace["DistillationTrainer"](
+        student, args, teacher=teacher, train_dataset=rows(), data_collator=collate
+    )
+    trainer.train()
+    assert kl(student, teacher) < 0.6 * before
+
+
+def test_trl(tmp_path):
+    trl = pytest.importorskip("trl", reason="pip install okd-kernels[bench]")
+    namespace = {"torch": torch}
+    exec(block("class DistillationSFTTrainer"), namespace)
+    student, teacher = tiny.llama(), tiny.llama(seed=1)
+    before = kl(student, teacher)
+    data = Dataset.from_list([{k: e[k] for k in ("prompt", "completion")} for e in tiny.examples()])
+    args = trl.SFTConfig(**arguments(tmp_path), max_length=32, completion_only_loss=True)
+    trainer = namespace["DistillationSFTTrainer"](student, args, train_dataset=data, processing_class=tiny.tokenizer())
+    trainer.teacher = teacher.eval().requires_grad_(False)
+    trainer.train()
+    assert kl(student, teacher) < 0.7 * before
+
+
+def test_lightning(tmp_path):
+    lightning = pytest.importorskip("lightning", reason="pip install okd-kernels[bench]")
+    namespace = {"torch": torch}
+    exec(block("class OnlineDistillation"), namespace)
+    student, base = tiny.llama(), tiny.llama(seed=1)
+    teacher = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+    before = kl(student, teacher)
+    module = namespace["OnlineDistillation"](student, teacher)
+    loader = torch.utils.data.DataLoader(rows(), batch_size=8, collate_fn=Collator(tiny.EOS))
+    trainer = lightning.Trainer(
+        max_steps=60, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        default_root_dir=tmp_path, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, loader)
+    assert kl(student, teacher) < 0.9 * before
+    assert any(p.abs().max() > 0 for n, p in teacher.named_parameters() if "lora_B" in n), "the teacher learns too"
+
+
+def test_trainer_from_python(tmp_path):
+    source = block("OKDTrainer(student, teacher, args").replace('"runs/okd"', repr(str(tmp_path)))
+    source = source.replace("learning_rate=2e-4", 'learning_rate=1e-2, use_cpu=True, save_strategy="no", max_steps=20')
+    student, teacher = tiny.llama(), tiny.llama(seed=1, layers=3)
+    before = kl(student, teacher)
+    exec(source, {"student": student, "teacher": teacher, "examples": tiny.examples(), "tokenizer": tiny.tokenizer()})
+    assert kl(student, teacher) < 0.8 * before
+
+
+def test_head_options_of_the_table():
+    """The table of divergences names every entry and its defaults."""
+    from okd_kernels import DIVERGENCES
+
+    for name, entry in DIVERGENCES.items():
+        (line,) = [line for line in README.splitlines() if line.startswith(f"| `{name}` |")]
+        for parameter, default in entry.parameters.items():
+            assert f"`{parameter}` = {default}" in line
+
+
+def test_loss_call_in_the_readme_matches_whole_logits():
+    x, w, y, u = torch.randn(5, 8), torch.randn(30, 8), torch.randn(5, 6), torch.randn(30, 6)
+    loss = linear_distillation_loss(x, LinearHead(w), y, LinearHead(u))
+    p, log_q = (y @ u.T).softmax(-1), (x @ w.T).log_softmax(-1)
+    assert loss.student.item() == pytest.approx((p * (p.log() - log_q)).sum(-1).mean().item(), rel=1e-5)
