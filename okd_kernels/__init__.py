@@ -9,6 +9,8 @@ from okd_kernels.linear_distillation import (
     linear_distillation_loss,
     resolve_backend,
 )
+from okd_kernels.sparse import TopK, linear_sparse_distillation_loss, linear_topk
+from okd_kernels.vocab_parallel import vocab_parallel_distillation_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,7 +20,11 @@ __all__ = [
     "LinearDistillationLoss",
     "LinearHead",
     "Objective",
+    "TopK",
     "distillation_loss",
     "linear_distillation_loss",
+    "linear_sparse_distillation_loss",
+    "linear_topk",
     "resolve_backend",
+    "vocab_parallel_distillation_loss",
 ]

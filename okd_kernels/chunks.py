@@ -68,6 +68,17 @@ def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
             torch.mm(hidden, block.to(out.dtype).t(), out=columns)
 
 
+def project(model: Model, rows: slice, out: Tensor) -> None:
+    """out (c, v) = the rows' logits for the first v ids, a LoRA included; before bias, scale and softcap."""
+    v = out.shape[1]
+    _project(model.hidden[rows], model.weight[:v], out=out)
+    if model.low is not None and model.up is not None:
+        low, up = model.low[rows], model.up[:v]
+        if low.device.type == "cpu":
+            low, up = low.to(out.dtype), up.to(out.dtype)
+        _accumulate(out, low, up.t(), first=False)
+
+
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total (+)= a @ b, summed over chunks in total's dtype."""
     if a.dtype == total.dtype:
@@ -131,12 +142,7 @@ def run_chunks(
         sides = []
         for model, buffer in zip(models, buffers, strict=True):
             logits = buffer[: rows.stop - rows.start]
-            _project(model.hidden[rows], model.weight[:vocab_size], out=logits[:, :vocab_size])
-            if model.low is not None and model.up is not None:
-                low, up = model.low[rows], model.up[:vocab_size]
-                if low.device.type == "cpu":
-                    low, up = low.to(logits.dtype), up.to(logits.dtype)
-                _accumulate(logits[:, :vocab_size], low, up.t(), first=False)
+            project(model, rows, out=logits[:, :vocab_size])
             # In place: a 16-bit gradient takes the first half of its row.
             gradient = logits.view(model.hidden.dtype)[:, :width] if model.learns else None
             sides.append(Side(logits, model.objective, gradient, model.bias, model.logit_scale, model.softcap))

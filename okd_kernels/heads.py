@@ -36,6 +36,12 @@ class LinearHead:
             raise TypeError(
                 f"expected the head's weight as a floating-point tensor (V, D); got {kind}: dequantise it first"
             )
+        if hasattr(self.weight, "full_tensor"):
+            raise TypeError(
+                "expected the head's weight as a plain tensor; got a DTensor: compute the loss inside the forward of "
+                "the FSDP root module, which gathers it, or pass weight.full_tensor(); for a head sharded by rows, see "
+                "vocab_parallel_distillation_loss with weight.to_local()"
+            )
         if self.weight.dim() != 2:
             raise ValueError(f"expected the head's weight of shape (V, D); got {tuple(self.weight.shape)}")
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:

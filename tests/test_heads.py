@@ -142,3 +142,18 @@ def test_of_takes_a_weight_a_linear_layer_or_a_head():
     assert LinearHead.of(layer.weight).bias is None
     head = LinearHead(layer.weight)
     assert LinearHead.of(head) is head
+
+
+def test_a_sharded_weight_is_refused(tmp_path):
+    """FSDP2 outside of the root's forward: a DTensor must not slip into a GEMM."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(torch.zeros(8, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(TypeError, match=r"got a DTensor: compute the loss inside.*weight.full_tensor\(\)"):
+            LinearHead(weight)
+    finally:
+        dist.destroy_process_group()
