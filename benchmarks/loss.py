@@ -1,0 +1,386 @@
+"""Time, memory and gradient error of the loss, from hidden states to gradients: `python -m benchmarks.loss --help`.
+
+Time: all candidates in one process, round-robin over the rounds, the first of which is discarded; beside them, in the
+same rounds, the bare GEMMs that no method without approximation can avoid (the floor). Memory: the peak beyond inputs
+and returned gradients, each candidate in a fresh process. Error: of the gradients at std(z - u) = 0.1, against plain
+PyTorch in fp64 on the same operands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import peers
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ACCURACY_TOKENS = 128
+TRUTH_BYTES = 16 << 30  # above this, heads in fp64 would not fit beside the rest: the truth is then fp32
+FLOOR_CHUNKS = (256, 512, 1024, 2048, 4096)
+SWEEPS = {"tokens": (256, 512, 1024, 2048, 4096), "vocab": (8192, 16384, 32768, 65536, 131072)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """The shapes of one comparison: V, D_s, D_t, N, and what is asked of them."""
+
+    vocab: int
+    student: int
+    teacher: int
+    tokens: int
+    dtype: str = "fp32"
+    device: str = "cpu"
+    divergence: str = "forward_kl"
+    masked: int = 0
+
+    def operands(self) -> list[Tensor]:
+        shapes = (self.vocab, self.student, self.teacher, self.tokens)
+        return peers.operands(*shapes, dtype=DTYPES[self.dtype], device=self.device, masked=self.masked)
+
+
+PRESETS = {
+    "tiny": Case(8192, 64, 128, 256),
+    "smollm2-cpu": Case(49152, 576, 1536, 1024),  # the 135M student; a teacher between 360M (960) and 1.7B (2048)
+    "gpt2-base<-xl": Case(50257, 768, 1600, 8192),
+    "llama-1b<-8b": Case(128256, 2048, 4096, 8192),
+    "qwen2.5-0.5b<-7b": Case(151936, 896, 3584, 8192),
+    "gemma-1b<-4b": Case(262144, 1152, 2560, 8192),
+}
+
+
+class Candidate(NamedTuple):
+    """Something to measure: a function of `benchmarks.peers`, and how it is called."""
+
+    name: str
+    function: str
+    workspace_bytes: int | None = None  # ours only
+    frozen_head: bool = False
+
+    def loss(self) -> Callable[..., Tensor]:
+        function = getattr(peers, self.function)
+        return function if self.workspace_bytes is None else partial(function, workspace_bytes=self.workspace_bytes)
+
+    def leaves(self, tensors: list[Tensor], case: Case) -> list[Tensor]:
+        """The operands, sharing their storage, with gradients where this candidate makes them."""
+        needs = (True, not self.frozen_head, case.divergence == "okd", False, False)
+        return [x.detach().requires_grad_(need) for x, need in zip(tensors, needs, strict=True)]
+
+    def floor_parts(self, case: Case) -> list[str]:
+        parts = ["student logits", "teacher logits", "student dX"]
+        return parts + ["student dW"] * (not self.frozen_head) + ["teacher dX"] * (case.divergence == "okd")
+
+
+def step(loss: Callable[..., Tensor], tensors: list[Tensor], divergence: str) -> list[Tensor | None]:
+    """Forward and backward; the gradients of the first three operands, taken off them so that none stays in memory."""
+    loss(*tensors, divergence).backward()
+    gradients = [x.grad for x in tensors[:3]]
+    for x in tensors:
+        x.grad = None
+    return gradients
+
+
+def seconds(run: Callable[[], Any], device: str) -> float:
+    """Wall-clock time of one call, the device's queue empty before and after."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+class Floor:
+    """The GEMMs alone, in the operands' dtype and into preallocated outputs, over counted rows only.
+
+    Each of them runs over the whole of N or in chunks, whichever a calibration found faster, so that the sum is a lower
+    bound and not one more implementation.
+    """
+
+    def __init__(self, tensors: list[Tensor], device: str):
+        counted = tensors[4] != peers.IGNORE
+        self.device, (_, self.w, _, self.u, _) = device, tensors
+        self.x, self.y = tensors[0][counted], tensors[2][counted]
+        self.logits = self.x.new_empty(len(self.x), len(self.w))
+        self.dx, self.dy, self.dw = (torch.empty_like(t) for t in (self.x, self.y, self.w))
+        self.parts = {
+            "student logits": lambda rows: torch.mm(self.x[rows], self.w.t(), out=self.logits[rows]),
+            "teacher logits": lambda rows: torch.mm(self.y[rows], self.u.t(), out=self.logits[rows]),
+            "student dX": lambda rows: torch.mm(self.logits[rows], self.w, out=self.dx[rows]),
+            "student dW": self._dw,
+            "teacher dX": lambda rows: torch.mm(self.logits[rows], self.u, out=self.dy[rows]),
+        }
+        sizes = sorted({min(size, len(self.x)) for size in (*FLOOR_CHUNKS, len(self.x))})
+        for part in self.parts:
+            self._run(part, len(self.x))
+        self.chunks = {part: min(sizes, key=lambda size, p=part: self._time(p, size)) for part in self.parts}
+
+    def _dw(self, rows: slice) -> None:
+        torch.addmm(self.dw, self.logits[rows].t(), self.x[rows], beta=int(rows.start > 0), out=self.dw)
+
+    def _run(self, part: str, chunk: int) -> None:
+        for start in range(0, len(self.x), chunk):
+            self.parts[part](slice(start, min(start + chunk, len(self.x))))
+
+    def _time(self, part: str, chunk: int) -> float:
+        return seconds(partial(self._run, part, chunk), self.device)
+
+    def times(self) -> dict[str, float]:
+        return {part: self._time(part, chunk) for part, chunk in self.chunks.items()}
+
+
+def measure_time(case: Case, candidates: list[Candidate], repeats: int) -> tuple[dict, dict]:
+    """Seconds of each round: {part of the floor: [...]}, {candidate: [...], or why it did not run}."""
+    torch.compiler.reset()  # else a second shape is compiled with dynamic sizes
+    tensors = case.operands()
+    floor = Floor(tensors, case.device)
+    parts, times, failures = {part: [] for part in floor.parts}, {c.name: [] for c in candidates}, {}
+    runs = {c.name: partial(step, c.loss(), c.leaves(tensors, case), case.divergence) for c in candidates}
+    for i in range(1 + repeats):
+        for part, duration in floor.times().items():
+            parts[part].append(duration)
+        for name, run in runs.items():
+            if name in failures:
+                continue
+            try:
+                times[name].append(seconds(run, case.device))
+            except Exception as error:  # whatever a peer raises here is a result, not a reason to lose the others
+                if i > 0 or name.startswith("ours"):
+                    raise
+                failures[name] = _reason(error)
+    return {part: x[1:] for part, x in parts.items()}, {n: failures.get(n, x[1:]) for n, x in times.items()}
+
+
+def measure_memory(case: Case, candidate: Candidate) -> int | str:
+    """Peak bytes beyond inputs and returned gradients, in a fresh process; or why it did not run."""
+    job = json.dumps([asdict(case), candidate])
+    # Without a fixed threshold, glibc keeps freed blocks and a later run would not show what it allocates.
+    result = subprocess.run(
+        ["env", "MALLOC_MMAP_THRESHOLD_=131072", sys.executable, "-m", "benchmarks.loss", "--memory-job", job],
+        capture_output=True,
+        text=True,
+    )
+    lines = result.stdout.strip().splitlines()
+    return json.loads(lines[-1]) if result.returncode == 0 and lines else result.stderr.strip()[-200:]
+
+
+def memory_job(case: Case, candidate: Candidate) -> int | str:
+    """One warm-up, so that compilation and libraries' own buffers do not count, then one measured step."""
+    run = partial(step, candidate.loss(), candidate.leaves(case.operands(), case), case.divergence)
+    try:
+        run()
+    except Exception as error:
+        return _reason(error)
+    gc.collect()
+    if case.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of the resident set
+        before = _peak_rss()
+    gradients = run()
+    peak = torch.cuda.max_memory_allocated() if case.device == "cuda" else _peak_rss()
+    return peak - before - sum(g.nbytes for g in gradients if g is not None)
+
+
+def _peak_rss() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+
+def measure_errors(case: Case, candidates: list[Candidate]) -> dict[str, dict[str, float]]:
+    """{candidate: {gradient: |g - truth| / |truth|}} on `ACCURACY_TOKENS` tokens; candidates that fail are absent."""
+    case = replace(case, tokens=min(case.tokens, ACCURACY_TOKENS))
+    tensors = case.operands()
+    wide = torch.float64 if 16 * (tensors[1].numel() + tensors[3].numel()) < TRUTH_BYTES else torch.float32
+    exact = Candidate("truth", "eager").leaves([x.to(wide) if x.is_floating_point() else x for x in tensors], case)
+    truth = step(peers.eager, exact, case.divergence)
+    errors = {}
+    for candidate in candidates:
+        try:
+            gradients = step(candidate.loss(), candidate.leaves(tensors, case), case.divergence)
+        except Exception:
+            continue
+        pairs = zip(("dX", "dW", "dTeacherX"), gradients, truth, strict=True)
+        errors[candidate.name] = {
+            name: ((g.to(wide) - t).norm() / t.norm()).item() for name, g, t in pairs if g is not None and t is not None
+        }
+    return errors
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+
+
+def measure(case: Case, names: list[str], repeats: int, workspace_mib: int) -> dict[str, Any]:
+    """Everything about one case. Ours is given a tenth of eager's memory too, where eager's could be measured."""
+    workspace = workspace_mib << 20
+    candidates = [
+        Candidate("ours", "ours", workspace),
+        Candidate("ours, frozen head", "ours", workspace, frozen_head=True),
+        *(Candidate(name, name) for name in names),
+    ]
+    memory = {c.name: measure_memory(case, c) for c in candidates}
+    if isinstance(memory.get("eager"), int):
+        tenth = Candidate("ours, tenth", "ours", memory["eager"] // 10)
+        candidates.insert(1, tenth)
+        memory[tenth.name] = measure_memory(case, tenth)
+    errors = measure_errors(case, candidates)
+    floor, times = measure_time(case, candidates, repeats)
+    floor = {part: statistics.median(x) for part, x in floor.items()}
+    rows = []
+    for c in candidates:
+        row: dict[str, Any] = {**c._asdict(), "extra_bytes": memory[c.name], "errors": errors.get(c.name, {})}
+        if isinstance(times[c.name], str):
+            rows.append({"name": c.name, "skipped": times[c.name]})
+            continue
+        row["floor_s"] = sum(floor[part] for part in c.floor_parts(case))
+        row |= {"median_s": statistics.median(times[c.name]), "min_s": min(times[c.name]), "times_s": times[c.name]}
+        rows.append({**row, "over_floor": row["median_s"] / row["floor_s"]})
+    return {"case": asdict(case), "floor_s": floor, "candidates": rows}
+
+
+def show(result: dict[str, Any]) -> None:
+    """One case as a table."""
+    case = Case(**result["case"])
+    print(
+        f"\n{case.divergence}: N {case.tokens} ({case.masked} % masked), V {case.vocab}, {case.student} <- "
+        f"{case.teacher}, {case.dtype}, {case.device}"
+    )
+    print("floor: " + ", ".join(f"{part} {1e3 * x:.1f} ms" for part, x in result["floor_s"].items()))
+    print(f"{'':<20}{'median ms':>11}{'min ms':>11}{'x floor':>9}{'extra MiB':>11}   relative gradient error")
+    for row in result["candidates"]:
+        if "skipped" in row:
+            print(f"{row['name']:<20}  skipped: {row['skipped']}")
+            continue
+        extra = row["extra_bytes"]
+        mib = f"{extra / 2**20:.0f}" if isinstance(extra, int) else "failed"
+        errors = ", ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
+        times = f"{1e3 * row['median_s']:>11.1f}{1e3 * row['min_s']:>11.1f}{row['over_floor']:>9.2f}"
+        print(f"{row['name']:<20}{times}{mib:>11}   {errors}")
+        if mib == "failed":
+            print(f"{'':<20}  memory: {extra}")
+
+
+def plot(results: list[dict[str, Any]], axis: str, path: Path) -> None:
+    """Time and extra memory against N or V, a line for each candidate, a row of panels for each divergence."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    divergences = list(dict.fromkeys(r["case"]["divergence"] for r in results))
+    figure, axes = plt.subplots(len(divergences), 2, figsize=(11, 4 * len(divergences)), squeeze=False)
+    for (left, right), divergence in zip(axes, divergences, strict=True):
+        chosen = [r for r in results if r["case"]["divergence"] == divergence]
+        for name in dict.fromkeys(c["name"] for r in chosen for c in r["candidates"]):
+            rows = [(r["case"][axis], c) for r in chosen for c in r["candidates"] if c["name"] == name]
+            rows = [(x, c) for x, c in rows if "skipped" not in c]
+            if name == "ours":
+                left.plot([x for x, _ in rows], [1e3 * c["floor_s"] for _, c in rows], "k--", label="bare GEMMs")
+            left.plot([x for x, _ in rows], [1e3 * c["median_s"] for _, c in rows], marker="o", label=name)
+            known = [(x, c["extra_bytes"] / 2**20) for x, c in rows if isinstance(c["extra_bytes"], int)]
+            right.plot(*zip(*known, strict=True), marker="o", label=name) if known else None
+        for panel, label in ((left, "forward + backward, ms"), (right, "extra memory, MiB")):
+            panel.set(xlabel=axis, ylabel=label, xscale="log", yscale="log", title=divergence)
+            panel.set_xticks(SWEEPS[axis], labels=SWEEPS[axis])
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+        left.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a reader needs to compare these numbers with others."""
+    from cpuinfo import get_cpu_info  # comes with pytest-benchmark
+
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "triton", "transformers", "liger-kernel", "trl"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else get_cpu_info()["brand_raw"],
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "commit": git.stdout.strip(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--preset", choices=PRESETS, help="default: smollm2-cpu, or llama-1b<-8b on a GPU")
+    add("--dtype", choices=DTYPES, help="default: fp32, or bf16 on a GPU")
+    add("--tokens", type=int, help="N; default: the preset's")
+    add("--divergence", default=",".join(peers.DIVERGENCES), help="comma list; default: %(default)s")
+    add("--peers", default="all", help=f"all, none, or a comma list of {', '.join(peers.PEERS)}")
+    add("--masked", type=int, default=0, metavar="PERCENT", help="rows whose label is ignored")
+    add("--repeats", type=int, default=7, help="measured rounds; one more is discarded")
+    add("--workspace-mib", type=int, default=256, help="of ours")
+    add("--sweep", choices=("tokens", "vocab"), help=f"N in {SWEEPS['tokens']} or V in {SWEEPS['vocab']}; plots it")
+    add("--output", type=Path, help="default: benchmarks/results/DATE-PRESET.json")
+    add("--memory-job", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    if args.memory_job:
+        case, candidate = json.loads(args.memory_job)
+        print(json.dumps(memory_job(Case(**case), Candidate(*candidate))))
+        return
+    gpu = args.device == "cuda"
+    preset = args.preset or ("llama-1b<-8b" if gpu else "smollm2-cpu")
+    base = replace(
+        PRESETS[preset],
+        device=args.device,
+        dtype=args.dtype or ("bf16" if gpu else "fp32"),
+        tokens=args.tokens or PRESETS[preset].tokens,
+        masked=args.masked,
+    )
+    names = {"all": list(peers.PEERS), "none": []}.get(args.peers, args.peers.split(","))
+    about = environment(args.device)
+    print(f"{about['device']}, {about['threads']} threads, commit {about['commit']}, {about['versions']}")
+    results = []
+    for divergence in args.divergence.split(","):
+        chosen = [name for name in names if divergence != "okd" or name not in peers.FROZEN_TEACHER]
+        for value in SWEEPS[args.sweep] if args.sweep else (None,):
+            case = replace(base, divergence=divergence, **({args.sweep: value} if args.sweep else {}))
+            results.append(measure(case, chosen, args.repeats, args.workspace_mib))
+            show(results[-1])
+    label = "-".join(filter(None, (preset.replace("<-", "-from-"), base.dtype, args.sweep)))
+    default = Path(__file__).parent / "results" / f"{about['date'][:19].replace(':', '')}-{args.device}-{label}.json"
+    path = args.output or default
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}
+    path.write_text(json.dumps({**about, "arguments": options, "preset": preset, "results": results}, indent=1) + "\n")
+    print(f"\n{path}")
+    if args.sweep:
+        plot(results, args.sweep, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

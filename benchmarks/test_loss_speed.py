@@ -1,0 +1,42 @@
+"""Forward and backward of every candidate under pytest-benchmark: `pytest benchmarks/ --benchmark-only`.
+
+Small shapes, for watching a change; `python -m benchmarks.loss` makes the comparison that is reported.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import peers
+from benchmarks.loss import PRESETS, Candidate, step
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+CASES = [
+    (name, divergence)
+    for divergence in peers.DIVERGENCES
+    for name in ("ours", *peers.PEERS)
+    if divergence != "okd" or name not in peers.FROZEN_TEACHER
+]
+PACKAGES = {"liger_chunked": "liger_kernel", "liger_fused": "liger_kernel", "trl_chunked": "trl"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "divergence"), CASES)
+def test_speed(benchmark, name, divergence, device):
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name])
+    if name == "liger_fused" and device == "cpu":
+        pytest.skip("Liger's Triton kernels need a GPU")
+    case = replace(PRESETS["tiny"], device=device, divergence=divergence)
+    candidate = Candidate(name, name)
+    loss, tensors = candidate.loss(), candidate.leaves(case.operands(), case)
+
+    def run():
+        gradients = step(loss, tensors, divergence)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return gradients
+
+    gradients = benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+    assert all(x is not None and x.isfinite().all() for x in gradients[:2])
