@@ -181,8 +181,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*(inputs[: labels + 1] if ctx.per_token else output[3:]))
 
 
+def times(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """upstream * gradient, in place where this is the last backward through the graph: no second dW is allocated.
+
+    Out of place under `retain_graph=True`, which may come back for the saved gradient, and while `torch.compile` traces.
+    """
+    if type(gradient) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
+        return (gradient * upstream).to(gradient.dtype)
+    if upstream.device.type == "cpu" and upstream == 1:
+        return gradient
+    return gradient.mul_(upstream)
+
+
 def _backward(ctx: Any, totals: Tensor | None, losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """Upstream times gradient: on the device, and out of place, so that backward may run twice."""
+    """Upstream times gradient, on the device."""
     needs, none = ctx.options[-1], (None,) * (len(ctx.options) + 4)
     upstream = losses if ctx.per_token else totals
     if upstream is None:
@@ -194,7 +206,7 @@ def _backward(ctx: Any, totals: Tensor | None, losses: Tensor | None, *_: Any) -
         gradients = linear_distillation(*ctx.saved_tensors, upstream / scale, scale, False, *ctx.options)[3:]
     else:
         gradients = [
-            (gradient * upstream[i // PER_SIDE]).to(gradient.dtype) if need else gradient
+            times(gradient, upstream[i // PER_SIDE]) if need else gradient
             for i, (gradient, need) in enumerate(zip(ctx.saved_tensors, needs, strict=True))
         ]
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + none

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from okd_kernels.chunks import Model, _backward, chunk_rows, project
 from okd_kernels.divergences import Objective
-from okd_kernels.ops import BY_ROW, FP16_GAIN, PER_SIDE, _empty_gradient, _finish, _sum_buffer, wide
+from okd_kernels.ops import BY_ROW, FP16_GAIN, PER_SIDE, _empty_gradient, _finish, _sum_buffer, times, wide
 from okd_kernels.rows import FLOOR, INFINITE, Side
 from okd_kernels.torch_rows import BLOCK_ELEMENTS, _infinite, _transform, _write_gradient
 
@@ -337,7 +337,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _sparse_backward(ctx: Any, total: Tensor | None, losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """Upstream times gradient: on the device, and out of place, so that backward may run twice."""
+    """Upstream times gradient, on the device."""
     needs, none = ctx.options[-1], (None,) * (6 + len(ctx.options))
     upstream = losses if ctx.per_token else total
     if upstream is None:
@@ -347,9 +347,7 @@ def _sparse_backward(ctx: Any, total: Tensor | None, losses: Tensor | None, *_: 
         scale = torch.where(largest > 0, largest, 1)
         gradients = sparse_distillation(*ctx.saved_tensors, upstream / scale, scale, False, *ctx.options)[3:]
     else:
-        gradients = [
-            (g * upstream).to(g.dtype) if need else g for g, need in zip(ctx.saved_tensors, needs, strict=True)
-        ]
+        gradients = [times(g, upstream) if need else g for g, need in zip(ctx.saved_tensors, needs, strict=True)]
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + none
 
 
