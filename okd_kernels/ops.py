@@ -184,7 +184,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def times(gradient: Tensor, upstream: Tensor) -> Tensor:
     """upstream * gradient, in place where this is the last backward through the graph: no second dW is allocated.
 
-    Out of place under `retain_graph=True`, which may come back for the saved gradient, and while `torch.compile` traces.
+    Out of place under `retain_graph=True`, which may come back for it, and while `torch.compile` traces.
     """
     if type(gradient) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
         return (gradient * upstream).to(gradient.dtype)
