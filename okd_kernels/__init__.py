@@ -1,15 +1,11 @@
 """Fused knowledge-distillation losses from hidden states and head weights, for the student and for the teacher."""
 
+from okd_kernels.arguments import resolve_backend
 from okd_kernels.divergences import DIVERGENCES, Divergence, Objective
 from okd_kernels.heads import LinearHead
-from okd_kernels.linear_distillation import (
-    DistillationLoss,
-    LinearDistillationLoss,
-    distillation_loss,
-    linear_distillation_loss,
-    resolve_backend,
-)
+from okd_kernels.linear_distillation import LinearDistillationLoss, distillation_loss, linear_distillation_loss
 from okd_kernels.sparse import TopK, linear_sparse_distillation_loss, linear_topk
+from okd_kernels.tokens import DistillationLoss
 from okd_kernels.vocab_parallel import vocab_parallel_distillation_loss
 
 __version__ = "0.1.0"

@@ -14,18 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from okd_kernels.arguments import check_objectives, check_temperature, chunk_workspace, gemm_operands
 from okd_kernels.divergences import Objective
 from okd_kernels.heads import LinearHead
-from okd_kernels.linear_distillation import (
-    WORKSPACE_BYTES,
-    DistillationLoss,
-    _check_temperature,
-    _objectives,
-    _operands,
-    _Rows,
-)
 from okd_kernels.ops import wide
 from okd_kernels.sparse_ops import SPARSE_STATISTICS, sparse_distillation, topk
+from okd_kernels.tokens import DistillationLoss, Tokens
 
 TAILS = ("bucket", "renormalize", "none")
 
@@ -64,14 +58,14 @@ def linear_topk(
     """
     head = LinearHead.of(head)
     shape = hidden.shape[:-1]
-    hidden, head = _operands("teacher", hidden, head)
+    hidden, head = gemm_operands("teacher", hidden, head)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     vocab_size = _vocabulary(head, vocab_size)
     if not 0 < k <= vocab_size:
         raise ValueError(f"expected k in [1, {vocab_size}], the vocabulary; got {k}")
-    _check_temperature(temperature)
+    check_temperature(temperature)
     numbers = [head.logit_scale, head.softcap or 0.0]
-    workspace_bytes = _workspace(workspace_bytes, hidden.device)
+    workspace_bytes = chunk_workspace(workspace_bytes, hidden.device)
     with torch.no_grad():
         ids, log_probs, log_sum_exp = topk(
             *(hidden, head.weight, head.bias, *head.low_rank(hidden)),
@@ -136,7 +130,7 @@ def linear_sparse_distillation_loss(
         TypeError, ValueError: what was expected, what came, what to do.
     """
     objective = Objective(divergence, weight, ce_weight)
-    _objectives(objective, None, labels)
+    check_objectives(objective, None, labels)
     if tail not in TAILS:
         raise ValueError(f"expected tail to be one of {', '.join(TAILS)}; got {tail!r}")
     if divergence not in ("forward_kl", "reverse_kl"):
@@ -150,12 +144,12 @@ def linear_sparse_distillation_loss(
             "a target without a tail has none, so that KL(q || p) is infinite"
         )
     head = LinearHead.of(student_head)
-    hidden, head = _operands("student", student_hidden, head)
+    hidden, head = gemm_operands("student", student_hidden, head)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     vocab_size = _vocabulary(head, vocab_size)
     shape = student_hidden.shape[:-1]
-    rows = _Rows(shape, labels, token_weights, normalizer, reduction, ignore_index, vocab_size, hidden.device)
-    _check_temperature(temperature)
+    rows = Tokens(shape, labels, token_weights, normalizer, reduction, ignore_index, vocab_size, hidden.device)
+    check_temperature(temperature)
     _check_targets(shape, hidden.device, target_ids, target_log_probs, rows.labels, vocab_size)
 
     dtype, width = wide(hidden.dtype), target_ids.shape[-1]
@@ -177,7 +171,7 @@ def linear_sparse_distillation_loss(
         [head.logit_scale, head.softcap or 0.0],
         float(temperature),
         vocab_size,
-        _workspace(workspace_bytes, hidden.device),
+        chunk_workspace(workspace_bytes, hidden.device),
         needs,
     )
     metrics = {name: statistics[:, i].detach().reshape(shape) for i, name in enumerate(SPARSE_STATISTICS)}
@@ -191,14 +185,6 @@ def _vocabulary(head: LinearHead, vocab_size: int | None) -> int:
     if vocab_size is not None and not 0 < vocab_size <= rows:
         raise ValueError(f"expected vocab_size in [1, {rows}], as the head has rows; got {vocab_size}")
     return rows if vocab_size is None else vocab_size
-
-
-def _workspace(workspace_bytes: int | None, device: torch.device) -> int:
-    if workspace_bytes is None:
-        return WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"])
-    if workspace_bytes <= 0:
-        raise ValueError(f"expected workspace_bytes > 0; got {workspace_bytes}")
-    return workspace_bytes
 
 
 def _check_targets(shape, device, ids: Tensor, log_p: Tensor, labels: Tensor | None, vocab_size: int) -> None:

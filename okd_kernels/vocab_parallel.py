@@ -16,20 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from okd_kernels.arguments import check_objectives, check_temperature, chunk_workspace, common_shape, gemm_operands
 from okd_kernels.chunks import Model, _backward, chunk_rows, project
 from okd_kernels.divergences import DIVERGENCES, Objective
 from okd_kernels.heads import LinearHead
-from okd_kernels.linear_distillation import (
-    WORKSPACE_BYTES,
-    DistillationLoss,
-    _check_temperature,
-    _common_shape,
-    _objectives,
-    _operands,
-    _Rows,
-)
 from okd_kernels.ops import BY_ROW, FP16_GAIN, PER_SIDE, wide
 from okd_kernels.rows import STATISTICS, Side
+from okd_kernels.tokens import DistillationLoss, Tokens
 from okd_kernels.torch_rows import BLOCK_ELEMENTS, _infinite, _transform
 
 ACCELERATOR_BLOCK_ELEMENTS = 1 << 24  # logits of one side in a pass: few launches, and 64 MiB for each temporary
@@ -78,20 +71,17 @@ def vocab_parallel_distillation_loss(
         )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"expected reduction to be mean or sum over a sharded vocabulary; got {reduction!r}")
-    if workspace_bytes is None:
-        workspace_bytes = WORKSPACE_BYTES.get(student_hidden.device.type, WORKSPACE_BYTES["cuda"])
-    elif workspace_bytes <= 0:
-        raise ValueError(f"expected workspace_bytes > 0; got {workspace_bytes}")
-    _check_temperature(temperature)
-    objectives = _objectives(student, teacher, labels)
-    shape, device = _common_shape(student_hidden, teacher_hidden), student_hidden.device
+    workspace_bytes = chunk_workspace(workspace_bytes, student_hidden.device)
+    check_temperature(temperature)
+    objectives = check_objectives(student, teacher, labels)
+    shape, device = common_shape(student_hidden, teacher_hidden), student_hidden.device
     pairs = (
-        _operands("student", student_hidden, LinearHead.of(student_head)),
-        _operands("teacher", teacher_hidden, LinearHead.of(teacher_head)),
+        gemm_operands("student", student_hidden, LinearHead.of(student_head)),
+        gemm_operands("teacher", teacher_hidden, LinearHead.of(teacher_head)),
     )
     counted = shape.numel() if labels is None else int((labels != ignore_index).sum())
     shards = _shards(group, device, [len(head.weight) for _, head in pairs], counted, workspace_bytes)
-    rows = _Rows(shape, labels, token_weights, normalizer, reduction, ignore_index, sum(shards), device)
+    rows = Tokens(shape, labels, token_weights, normalizer, reduction, ignore_index, sum(shards), device)
 
     dtype = wide(student_hidden.dtype, teacher_hidden.dtype)
     row_labels, (weights, scale) = rows.labels, rows.weights(dtype)
