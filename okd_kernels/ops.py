@@ -129,7 +129,7 @@ def linear_distillation(
             run_chunks(
                 (models[0], models[1]),
                 None if labels is None else compact(labels),
-                compact(row_weights) * row_weights.new_tensor(gains),
+                torch.stack([compact(row_weights)[:, i] * gain for i, gain in enumerate(gains)], 1),
                 row_losses,
                 row_statistics,
                 temperature=temperature,

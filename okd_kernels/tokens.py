@@ -81,7 +81,9 @@ class Tokens:
             scale = torch.ones((), dtype=dtype, device=self.device)
         else:
             total = weights.sum() if self.normalizer is None else self.normalizer
-            total = torch.as_tensor(total, device=self.device).to(dtype)
+            if not isinstance(total, Tensor):  # filled on the device: copying a number there would synchronise
+                total = torch.full((), total, dtype=dtype, device=self.device)
+            total = total.to(self.device, dtype)
             scale = torch.where(total > 0, 1 / total, 0)  # no counted token: zero loss, zero gradients
         return weights.unsqueeze(1).expand(-1, 2), scale
 

@@ -53,3 +53,21 @@ def test_public_names_exist_and_are_documented():
             thing = getattr(package, name)
             if name not in ("METHODS", "DIVERGENCES"):
                 assert thing.__doc__ and not thing.__doc__.startswith(f"{name}("), name
+
+
+def test_what_would_synchronise_the_host_stands_where_only_a_cpu_comes():
+    """`.item()` and its kind, and constructors that copy host data to a device: all behind a CPU check."""
+    waits = {"item", "tolist", "nonzero", "new_tensor", "as_tensor", "tensor", "cpu", "synchronize"}
+    found = {}
+    for path in sorted((ROOT / "okd_kernels").glob("*.py")):
+        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        names = {f.attr for f in calls if isinstance(f, ast.Attribute)} & waits
+        if names:
+            found[path.name] = names
+    assert found.pop("vocab_parallel.py"), "documented: it exchanges row counts once a call"
+    assert found == {
+        "ops.py": {"nonzero"},  # compaction of ignored rows
+        "sparse_ops.py": {"nonzero"},
+        "sparse.py": {"item"},  # error messages
+        "tokens.py": {"item"},
+    }
