@@ -96,10 +96,6 @@ def _demo(options: argparse.Namespace, _: list[str]) -> None:
 # --- train ---
 
 
-def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    pass  # parsed by transformers' HfArgumentParser below, from the dataclasses
-
-
 def _train(_: argparse.Namespace, rest: list[str]) -> None:
     config, args = parse_train(rest)
     from okd.run import run
@@ -255,7 +251,7 @@ def _device() -> str:
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+    """For `env`, and for `train`, whose options come from the dataclasses, see `parse_train`."""
 
 
 def _env(_: argparse.Namespace, __: list[str]) -> None:
@@ -278,7 +274,7 @@ def _env(_: argparse.Namespace, __: list[str]) -> None:
 
 COMMANDS = {
     "demo": (_demo_arguments, _demo, "distil SmolLM2-135M-Instruct into a smaller student on this machine, in minutes"),
-    "train": (_train_arguments, _train, "distil any teacher into any student"),
+    "train": (_no_arguments, _train, "distil any teacher into any student"),
     "evaluate": (_evaluate_arguments, _evaluate, "measure a student against a teacher on held-out examples"),
     "generate": (_generate_arguments, _generate, "answer prompts greedily"),
     "env": (_no_arguments, _env, "print versions, devices, and which backend will run"),

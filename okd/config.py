@@ -45,7 +45,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 
 
-def _option(default: Any, help: str) -> Any:
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its help on the command line."""
     return field(default=default, metadata={"help": help})
 
 
@@ -57,35 +58,35 @@ class OKDConfig(TrainingArguments):
         ValueError: an unknown method, divergence or online module, or a number out of range.
     """
 
-    method: str = _option("okd", f"preset: {', '.join(METHODS)}")
-    student_divergence: str | None = _option(None, "the student's divergence in place of the preset's")
-    student_ce_weight: float | None = _option(None, "weight of the student's cross-entropy in place of the preset's")
-    divergence_alpha: float | None = _option(None, "alpha of the student's divergence (skew, alpha_beta)")
-    divergence_beta: float | None = _option(None, "beta of the student's divergence (jsd, alpha_beta)")
-    temperature: float = _option(1.0, "temperature of the divergences, which are multiplied by its square")
-    teacher_kl_weight: float = _option(0.5, "a of the teacher's loss a KL(student || teacher) + (1 - a) CE")
-    online_module: str = _option("lora", f"what trains in the teacher: {', '.join(ONLINE_MODULES)}")
-    online_rank: int = _option(32, "rank of the teacher's LoRA")
-    online_alpha: int | None = _option(None, "scale of the teacher's LoRA; default: its rank")
-    online_dropout: float = _option(0.0, "dropout of the teacher's LoRA")
-    online_layers: float = _option(1.0, "share of the teacher's layers, from the top, that carry the LoRA")
-    online_virtual_tokens: int = _option(20, "length of a prefix or p-tuning prompt")
-    online_learning_rate: float | None = _option(None, "learning rate of the online module; default: learning_rate")
-    vocab_size: int | None = _option(None, "columns shared by both heads where they are padded differently")
-    max_length: int = _option(512, "tokens of an example; longer ones are cut on the right, and counted")
-    chat_template: bool | None = _option(
+    method: str = option("okd", f"preset: {', '.join(METHODS)}")
+    student_divergence: str | None = option(None, "the student's divergence in place of the preset's")
+    student_ce_weight: float | None = option(None, "weight of the student's cross-entropy in place of the preset's")
+    divergence_alpha: float | None = option(None, "alpha of the student's divergence (skew, alpha_beta)")
+    divergence_beta: float | None = option(None, "beta of the student's divergence (jsd, alpha_beta)")
+    temperature: float = option(1.0, "temperature of the divergences, which are multiplied by its square")
+    teacher_kl_weight: float = option(0.5, "a of the teacher's loss a KL(student || teacher) + (1 - a) CE")
+    online_module: str = option("lora", f"what trains in the teacher: {', '.join(ONLINE_MODULES)}")
+    online_rank: int = option(32, "rank of the teacher's LoRA")
+    online_alpha: int | None = option(None, "scale of the teacher's LoRA; default: its rank")
+    online_dropout: float = option(0.0, "dropout of the teacher's LoRA")
+    online_layers: float = option(1.0, "share of the teacher's layers, from the top, that carry the LoRA")
+    online_virtual_tokens: int = option(20, "length of a prefix or p-tuning prompt")
+    online_learning_rate: float | None = option(None, "learning rate of the online module; default: learning_rate")
+    vocab_size: int | None = option(None, "columns shared by both heads where they are padded differently")
+    max_length: int = option(512, "tokens of an example; longer ones are cut on the right, and counted")
+    chat_template: bool | None = option(
         None, "render examples with the tokenizer's chat template; default: if it has one"
     )
 
     # transformers' options whose defaults differ here
-    learning_rate: float = _option(2e-4, "peak learning rate of the student")
-    lr_scheduler_type: str = _option("linear", "schedule of the learning rates")
-    warmup_steps: float = _option(0.03, "steps of linear warm-up; below 1, a share of all steps")
-    logging_steps: float = _option(10, "steps between log entries; each costs one forward pass of the base teacher")
-    logging_first_step: bool = _option(True, "log the first step too, so that even a short run has a curve")
-    logging_nan_inf_filter: bool = _option(False, "keep NaN out of the log; here a NaN stops the run instead")
-    remove_unused_columns: bool = _option(False, "drop columns of the data; here the collator needs them")
-    report_to: None | str | list[str] = _option(  # noqa: RUF036  (HfArgumentParser wants this order)
+    learning_rate: float = option(2e-4, "peak learning rate of the student")
+    lr_scheduler_type: str = option("linear", "schedule of the learning rates")
+    warmup_steps: float = option(0.03, "steps of linear warm-up; below 1, a share of all steps")
+    logging_steps: float = option(10, "steps between log entries; each costs one forward pass of the base teacher")
+    logging_first_step: bool = option(True, "log the first step too, so that even a short run has a curve")
+    logging_nan_inf_filter: bool = option(False, "keep NaN out of the log; here a NaN stops the run instead")
+    remove_unused_columns: bool = option(False, "drop columns of the data; here the collator needs them")
+    report_to: None | str | list[str] = option(  # noqa: RUF036  (HfArgumentParser wants this order)
         "none", "integrations that receive the log (tensorboard, wandb, ...)"
     )
 

