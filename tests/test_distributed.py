@@ -266,7 +266,7 @@ def _pair(folder):
 
     from okd import OKDConfig
     from okd.models import attach_online_module
-    from okd.trainer import StudentTeacher
+    from okd.pair import StudentTeacher
 
     args = OKDConfig(use_cpu=True, output_dir=str(folder), student_divergence="jsd")
     teacher = attach_online_module(tiny.llama(seed=1, layers=3, hidden=48), args)

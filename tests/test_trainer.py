@@ -13,7 +13,7 @@ from torch import nn
 from okd import METHODS, OKDConfig, OKDTrainer
 from okd.data import Collator, encode
 from okd.models import base_teacher
-from okd.trainer import StudentTeacher
+from okd.pair import StudentTeacher
 from okd_kernels import Objective
 
 
@@ -106,7 +106,7 @@ def test_one_step_is_eq_16_and_17(divergence, tmp_path):
 
 
 def test_only_response_rows_reach_the_heads(tmp_path, monkeypatch):
-    import okd.trainer as module
+    import okd.pair as module
 
     seen = []
     original = module.linear_distillation_loss
