@@ -56,6 +56,14 @@ def _row_outputs(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student.new_zeros(n, 2, dtype=dtype), student.new_zeros(n, len(STATISTICS), dtype=dtype)
 
 
+def counted_rows(labels: Tensor | None) -> Tensor | None:
+    """Indices of the rows that stay for the GEMMs; None for all, as elsewhere than on the CPU, where finding them would
+    synchronise."""
+    if labels is None or labels.device.type != "cpu" or not bool((labels < 0).any()):
+        return None
+    return (labels >= 0).nonzero().squeeze(1)
+
+
 def _empty_gradient(operand: Tensor | None, like: Tensor, need: bool) -> Tensor:
     """An output for the operand's gradient; without elements where none is wanted (operators cannot return None)."""
     if operand is None or not need:
@@ -99,9 +107,7 @@ def linear_distillation(
     makes_gradients = [need and not per_token for need in needs]
     gradients = [_empty_gradient(x, losses, need) for x, need in zip(operands, makes_gradients, strict=True)]
 
-    kept = None  # ignored rows leave before the GEMMs; elsewhere than on the CPU, finding them would synchronise
-    if labels is not None and labels.device.type == "cpu" and bool((labels < 0).any()):
-        kept = (labels >= 0).nonzero().squeeze(1)
+    kept = counted_rows(labels)
 
     def compact(x: Tensor) -> Tensor:
         return x if kept is None else x[kept]
@@ -181,6 +187,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*(inputs[: labels + 1] if ctx.per_token else output[3:]))
 
 
+def normalise(upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """Row weights of at most 1, and their factor (): an upstream of 1/N would let fp16 gradients underflow."""
+    largest = upstream.abs().sum() if upstream.numel() == 0 else upstream.abs().amax()
+    scale = torch.where(largest > 0, largest, 1)
+    return upstream / scale, scale
+
+
 def times(gradient: Tensor, upstream: Tensor) -> Tensor:
     """upstream * gradient, in place where this is the last backward through the graph: no second dW is allocated.
 
@@ -200,10 +213,7 @@ def _backward(ctx: Any, totals: Tensor | None, losses: Tensor | None, *_: Any) -
     if upstream is None:
         return (None,) * N_OPERANDS + none
     if ctx.per_token:
-        # An upstream of 1/N is pulled to 1 first, lest fp16 gradients underflow.
-        largest = upstream.abs().sum() if upstream.numel() == 0 else upstream.abs().amax()
-        scale = torch.where(largest > 0, largest, 1)
-        gradients = linear_distillation(*ctx.saved_tensors, upstream / scale, scale, False, *ctx.options)[3:]
+        gradients = linear_distillation(*ctx.saved_tensors, *normalise(upstream), False, *ctx.options)[3:]
     else:
         gradients = [
             times(gradient, upstream[i // PER_SIDE]) if need else gradient

@@ -15,7 +15,18 @@ from torch import Tensor
 
 from okd_kernels.chunks import Model, _backward, chunk_rows, project
 from okd_kernels.divergences import Objective
-from okd_kernels.ops import BY_ROW, FP16_GAIN, PER_SIDE, _empty_gradient, _finish, _sum_buffer, times, wide
+from okd_kernels.ops import (
+    BY_ROW,
+    FP16_GAIN,
+    PER_SIDE,
+    _empty_gradient,
+    _finish,
+    _sum_buffer,
+    counted_rows,
+    normalise,
+    times,
+    wide,
+)
 from okd_kernels.rows import FLOOR, INFINITE, Side
 from okd_kernels.torch_rows import BLOCK_ELEMENTS, _infinite, _transform, _write_gradient
 
@@ -236,9 +247,7 @@ def sparse_distillation(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Total (), per-token losses (N,), statistics (N, 4), and the total's gradients of the first five arguments."""
     _, losses, statistics, *gradients = _outputs(hidden, weight, bias, low, up, per_token, needs)
-    kept = None  # as in ops.linear_distillation: ignored rows leave before the GEMMs where finding them is free
-    if labels is not None and labels.device.type == "cpu" and bool((labels < 0).any()):
-        kept = (labels >= 0).nonzero().squeeze(1)
+    kept = counted_rows(labels)
 
     def compact(x: Tensor) -> Tensor:
         return x if kept is None else x[kept]
@@ -342,10 +351,8 @@ def _sparse_backward(ctx: Any, total: Tensor | None, losses: Tensor | None, *_: 
     upstream = losses if ctx.per_token else total
     if upstream is None:
         return (None,) * PER_SIDE + none
-    if ctx.per_token:  # an upstream of 1/N is pulled to 1 first, lest fp16 gradients underflow
-        largest = upstream.abs().sum() if upstream.numel() == 0 else upstream.abs().amax()
-        scale = torch.where(largest > 0, largest, 1)
-        gradients = sparse_distillation(*ctx.saved_tensors, upstream / scale, scale, False, *ctx.options)[3:]
+    if ctx.per_token:
+        gradients = sparse_distillation(*ctx.saved_tensors, *normalise(upstream), False, *ctx.options)[3:]
     else:
         gradients = [times(g, upstream) if need else g for g, need in zip(ctx.saved_tensors, needs, strict=True)]
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + none

@@ -66,8 +66,7 @@ def test_what_would_synchronise_the_host_stands_where_only_a_cpu_comes():
             found[path.name] = names
     assert found.pop("vocab_parallel.py"), "documented: it exchanges row counts once a call"
     assert found == {
-        "ops.py": {"nonzero"},  # compaction of ignored rows
-        "sparse_ops.py": {"nonzero"},
+        "ops.py": {"nonzero"},  # counted_rows
         "sparse.py": {"item"},  # error messages
         "tokens.py": {"item"},
     }
