@@ -17,27 +17,48 @@ ONLINE_MODULES = ("lora", "prefix", "p_tuning")
 
 @dataclass(frozen=True)
 class Method:
-    """A published method: what the student minimises, and whether the teacher learns with it.
+    """A published method: where its sequences come from, what is minimised, what the teacher does, who teaches what.
 
     Attributes:
-        divergence: the student's, a name out of `okd_kernels.DIVERGENCES`; None: cross-entropy only, without a teacher.
+        divergence: the student's, a name out of `okd_kernels.DIVERGENCES`; None: cross-entropy only.
         ce_weight: weight of the student's cross-entropy.
+        parameters: of the divergence, where they differ from its defaults.
+        loss: how a batch becomes a loss, a name out of `okd.objectives.LOSSES`.
+        sequences: who writes the responses, a name out of `okd.sampling.POLICIES`.
+        student_share: with `sequences="student"`, the share of batches that the student writes.
         online: the teacher's online module trains too, on L_t = a KL(student || teacher) + (1 - a) CE (OKD, Eq. 16).
+        online_module: what that module is, where the method says so; else `OKDConfig.online_module`.
+        selection: how several teachers share an example, a name out of `okd.selection.SELECTIONS`; None: one teacher.
     """
 
     summary: str
     divergence: str | None
     ce_weight: float = 0.0
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    loss: str = "divergence"
+    sequences: str = "dataset"
+    student_share: float = 1.0
     online: bool = False
+    online_module: str | None = None
+    selection: str | None = None
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.divergence is not None or self.sequences == "teacher"
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "sft": Method("supervised fine-tuning: cross-entropy, no teacher", None, ce_weight=1.0),
+        "sft": Method("supervised fine-tuning: cross-entropy, no teacher", None, 1.0, loss="cross_entropy"),
         "forward_kd": Method("KL(teacher || student), teacher frozen", "forward_kl"),
         "reverse_kd": Method("KL(student || teacher), teacher frozen", "reverse_kl"),
         "jsd": Method("generalised Jensen-Shannon (GKD's divergence, off-policy), teacher frozen", "jsd"),
         "skew_kd": Method("skew KL (DistiLLM's divergence, off-policy), teacher frozen", "skew_kl"),
+        "alpha_beta_kd": Method(
+            "alpha-beta divergence (arXiv 2505.04560), teacher frozen",
+            "alpha_beta",
+            parameters={"alpha": 0.2, "beta": 0.7},
+        ),
         "okd": Method(
             "online KD (arXiv 2409.12512): the teacher's online module trains too", "forward_kl", online=True
         ),
@@ -63,6 +84,7 @@ class OKDConfig(TrainingArguments):
     student_ce_weight: float | None = option(None, "weight of the student's cross-entropy in place of the preset's")
     divergence_alpha: float | None = option(None, "alpha of the student's divergence (skew, alpha_beta)")
     divergence_beta: float | None = option(None, "beta of the student's divergence (jsd, alpha_beta)")
+    online_teacher: bool = option(False, "let the teacher's online module train with a method whose teacher is frozen")
     temperature: float = option(1.0, "temperature of the divergences, which are multiplied by its square")
     teacher_kl_weight: float = option(0.5, "a of the teacher's loss a KL(student || teacher) + (1 - a) CE")
     online_module: str = option("lora", f"what trains in the teacher: {', '.join(ONLINE_MODULES)}")
@@ -108,11 +130,20 @@ class OKDConfig(TrainingArguments):
                 raise ValueError(f"expected {name} of at least 1; got {getattr(self, name)}")
         if not self.temperature > 0:
             raise ValueError(f"expected a temperature > 0; got {self.temperature}")
+        if self.online_teacher and (self.preset.divergence is None or self.preset.selection is not None):
+            raise ValueError(
+                f"expected online_teacher with a method that distils from one teacher; got {self.method}: leave it out"
+            )
         _ = self.student_objective  # raises where divergence and parameters do not fit
 
     @property
     def preset(self) -> Method:
         return METHODS[self.method]
+
+    @property
+    def online(self) -> bool:
+        """The teacher learns too, because the method or `online_teacher` says so."""
+        return self.preset.online or self.online_teacher
 
     @property
     def student_objective(self) -> Objective:
@@ -127,6 +158,8 @@ class OKDConfig(TrainingArguments):
             )
         given = {"alpha": self.divergence_alpha, "beta": self.divergence_beta}
         parameters = {k: v for k, v in given.items() if v is not None}
+        if not self.student_divergence:
+            parameters = {**self.preset.parameters, **parameters}
         if name in DIVERGENCES:
             unknown = sorted(set(parameters) - set(DIVERGENCES[name].parameters))
             if unknown:
@@ -137,6 +170,6 @@ class OKDConfig(TrainingArguments):
     @property
     def teacher_objective(self) -> Objective | None:
         """L_t of OKD (Eq. 16); None where the teacher is frozen."""
-        if not self.preset.online:
+        if not self.online:
             return None
         return Objective("forward_kl", weight=self.teacher_kl_weight, ce_weight=1 - self.teacher_kl_weight)

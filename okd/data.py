@@ -240,10 +240,11 @@ def _excerpt(value: Any) -> str:
 class Collator:
     """Rows -> one right-padded batch: its tensors, and the response positions found on the CPU.
 
-    Returns (all tensors int64)
+    Returns (tensors int64 where nothing else is said)
         input_ids, attention_mask, labels   (B, T); padded with pad_token_id, 0, -100
         positions                           (N,) flat indices b * T + t, in order, where labels[b, t + 1] != -100
         targets                             (N,) those labels
+        student_written                     (B,) bool, of rows with "student_written": responses the student sampled
         ids                                 list of B strings
     `hidden.flatten(0, 1)[positions]` needs no device synchronisation; indexing by a boolean mask does, to learn N.
     Padding follows from lengths, never from ids: the pad token is often eos, which is a response token too.
@@ -274,6 +275,7 @@ class Collator:
             "labels": labels,
             "positions": b * length + t,
             "targets": labels[b, t + 1],
+            "student_written": torch.tensor([bool(row.get("student_written")) for row in rows]),
             "ids": [row["id"] for row in rows],
         }
 

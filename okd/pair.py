@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,54 +10,74 @@ from torch import Tensor, nn
 
 from okd.config import OKDConfig
 from okd.models import hidden_states
+from okd.objectives import LOSSES, Loss
 from okd_kernels import DistillationLoss, LinearHead, Objective, linear_distillation_loss
+
+Batch = Mapping[str, Tensor]  # input_ids and attention_mask (B, T), positions and targets (N,), student_written (B,)
 
 
 class StudentTeacher(nn.Module):
     """Student and teacher as one module: forward is the loss of a batch.
 
     Only response tokens reach the heads: `positions`, found by the collator on the CPU, select the rows.
+
+    Attributes:
+        progress: share of the training that is done, 0 to 1, kept by the trainer for losses that follow a schedule.
     """
 
     accepts_loss_kwargs = True  # tells Trainer that the loss is divided by the tokens of the whole (accumulated) batch
 
     def __init__(self, student: Any, teacher: Any | None, args: OKDConfig):
         super().__init__()
-        self.student, self.teacher = student, teacher
+        self.student, self.teacher, self.args = student, teacher, args
         self.student_objective: Objective = args.student_objective
         self.teacher_objective: Objective | None = args.teacher_objective
-        self.temperature, self.vocab_size = args.temperature, args.vocab_size
+        self.loss = LOSSES[args.preset.loss]
+        self.progress = 0.0
 
     def forward(
+        self, normalizer: Tensor | float | None = None, loss: Loss | None = None, **batch: Tensor
+    ) -> DistillationLoss:
+        """The loss of a batch; with `loss`, another one than the method's."""
+        return (loss or self.loss)(self, batch, normalizer)
+
+    def student_rows(self, batch: Batch) -> Tensor:
+        """(N, D) hidden states of the student that predict a response token."""
+        return self._rows(self.student, batch)
+
+    def teacher_rows(self, batch: Batch) -> Tensor:
+        """(N, D) of the teacher; with a graph only where it learns."""
+        with torch.set_grad_enabled(self.teacher_objective is not None and torch.is_grad_enabled()):
+            return self._rows(self.teacher, batch)
+
+    @staticmethod
+    def _rows(model: Any, batch: Batch) -> Tensor:
+        return hidden_states(model, batch["input_ids"], batch["attention_mask"]).flatten(0, 1)[batch["positions"]]
+
+    def distil(
         self,
-        input_ids: Tensor,  # (B, T)
-        attention_mask: Tensor,  # (B, T)
-        positions: Tensor,  # (N,) flat indices of the rows that predict a response token
+        student: Tensor,  # (N, D_s) hidden states
+        teacher: Tensor,  # (N, D_t)
         targets: Tensor,  # (N,)
         normalizer: Tensor | float | None = None,
+        **options: Any,
     ) -> DistillationLoss:
-        student = self._rows(self.student, input_ids, attention_mask, positions)
-        head = LinearHead.from_model(self.student)
-        if self.teacher is None:
-            return _supervised(student, head, targets, normalizer, self.student_objective.ce_weight)
-        with torch.set_grad_enabled(self.teacher_objective is not None and torch.is_grad_enabled()):
-            teacher = self._rows(self.teacher, input_ids, attention_mask, positions)
+        """`linear_distillation_loss` with this pair's heads, objectives and options, or `options` in their place."""
+        defaults = {
+            "student": self.student_objective,
+            "teacher": self.teacher_objective,
+            "temperature": self.args.temperature,
+            "vocab_size": self.args.vocab_size,
+        }
         return linear_distillation_loss(
             student,
-            head,
+            LinearHead.from_model(self.student),
             teacher,
             LinearHead.from_model(self.teacher),
             targets,
-            student=self.student_objective,
-            teacher=self.teacher_objective,
             normalizer=normalizer,
-            temperature=self.temperature,
-            vocab_size=self.vocab_size,
+            **{**defaults, **options},
         )
-
-    @staticmethod
-    def _rows(model: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        return hidden_states(model, input_ids, attention_mask).flatten(0, 1)[positions]
 
     def train(self, mode: bool = True) -> StudentTeacher:
         """A frozen teacher stays in evaluation mode: dropout would blur the target."""
@@ -70,13 +91,3 @@ class StudentTeacher(nn.Module):
         if self.teacher is not None and self.teacher_objective is not None:
             self.teacher.gradient_checkpointing_enable(**options)
             self.teacher.enable_input_require_grads()
-
-
-def _supervised(
-    hidden: Tensor, head: LinearHead, targets: Tensor, normalizer: Tensor | float | None, weight: float
-) -> DistillationLoss:
-    """Cross-entropy of the response rows, for a student without a teacher."""
-    logits = head.logits(hidden).float()
-    nll = nn.functional.cross_entropy(logits, targets, reduction="none")
-    loss = weight * nll.sum() / (max(len(targets), 1) if normalizer is None else normalizer)
-    return DistillationLoss(loss, None, {"student_nll": nll.detach()})

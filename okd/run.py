@@ -73,7 +73,7 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
     """
     started = time.perf_counter()
     output_dir = Path(str(args.output_dir))
-    if config.teacher is None and (args.preset.divergence or config.student is None):
+    if config.teacher is None and (args.preset.needs_teacher or config.student is None):
         raise ValueError(f"expected a teacher for method {args.method}; got none: pass --teacher")
     train_examples, held_out = _examples(config, examples)
     checkpoint = _prepare_output_dir(config, output_dir)

@@ -24,9 +24,13 @@ from okd.models import (
     check_head,
     describe_parameters,
 )
+from okd.objectives import divergence
 from okd.pair import StudentTeacher
+from okd.sampling import Sampler
 from okd_kernels import DistillationLoss
 
+UNLOGGED = {"reverse_kl", "student_entropy", "teacher_entropy", "student_nll", "teacher_nll"}  # of a loss's metrics
+BATCH = ("input_ids", "attention_mask", "positions", "targets", "student_written")  # what the pair's forward takes
 logger = logging.get_logger(__name__)
 STUDENT, ADAPTER = "student", "teacher_adapter"  # directories of a saved run or checkpoint
 
@@ -77,9 +81,9 @@ class OKDTrainer(Trainer):
         args = args or OKDConfig()
         if processing_class is None:
             raise ValueError("expected processing_class, the tokenizer of both models; got None")
-        if args.preset.divergence and teacher is None:
+        if args.preset.needs_teacher and teacher is None:
             raise ValueError(f"expected a teacher for method {args.method!r}; got None: pass one, or use method='sft'")
-        if not args.preset.divergence:
+        if not args.preset.needs_teacher:
             teacher = None
         if teacher is not None:
             teacher = _prepare_teacher(teacher, args)
@@ -103,6 +107,7 @@ class OKDTrainer(Trainer):
         for callback in (ProgressCallback, PrinterCallback):
             if self.pop_callback(callback) is not None and callback is ProgressCallback:
                 self.add_callback(_Progress)
+        self.sampler = Sampler(args, self.pair, processing_class)
         self._sums: dict[str, Any] = {}
         self._last_batch: dict[str, Tensor] = {}
         self._logged_at = time.perf_counter()
@@ -114,9 +119,18 @@ class OKDTrainer(Trainer):
         self._logged_at = time.perf_counter()
         return super().train(*args, **kwargs)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of one optimizer step, rewritten by the method's sampling policy, and their response tokens."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.pair.progress = self.state.global_step / max(1, self.state.max_steps)
+        if self.args.preset.sequences != "dataset" and batches:
+            batches = self.sampler(batches, self.state.global_step)
+            count = self._get_num_items_in_batch(batches, device)
+        return batches, count
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids = inputs.pop("ids", None)
-        batch = {name: inputs[name] for name in ("input_ids", "attention_mask", "positions", "targets")}
+        batch = {name: inputs[name] for name in BATCH}
         loss = model(**batch, normalizer=num_items_in_batch)
         total = loss.total
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -148,9 +162,7 @@ class OKDTrainer(Trainer):
         }
         if loss.teacher is not None:
             sums["teacher_loss"] = loss.teacher.detach() * share
-        if "top1_agreement" in loss.metrics:
-            sums["forward_kl"] = loss.metrics["forward_kl"].sum()
-            sums["top1_agreement"] = loss.metrics["top1_agreement"].sum()
+        sums |= {name: value.sum() for name, value in loss.metrics.items() if name not in UNLOGGED}
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0) + value
         self._last_batch = batch
@@ -165,7 +177,9 @@ class OKDTrainer(Trainer):
             logs["tokens_per_second"] = tokens / (now - self._logged_at)
             if self.pair.teacher is not None:
                 logs["base_forward_kl"] = self._base_forward_kl()
-            if self.args.preset.online and self.optimizer is not None:
+            if self.args.preset.sequences != "dataset":
+                logs |= self.sampler.logs()
+            if self.args.online and self.optimizer is not None:
                 ratio = self.optimizer.param_groups[-1]["initial_lr"] / self.args.learning_rate
                 logs["online_learning_rate"] = logs["learning_rate"] * ratio
             self._sums, self._logged_at = {}, time.perf_counter()
@@ -175,7 +189,7 @@ class OKDTrainer(Trainer):
     def _base_forward_kl(self) -> float:
         """KL(base teacher || student) of the last batch: the teacher as it was before its online module."""
         with base_teacher(self.pair.teacher), self.accelerator.autocast():
-            return self.pair(**self._last_batch).metrics["forward_kl"].mean().item()
+            return self.pair(**self._last_batch, loss=divergence).metrics["forward_kl"].mean().item()
 
     # --- the two sides' parameters ---
 
@@ -218,6 +232,7 @@ class OKDTrainer(Trainer):
         metrics[f"{metric_key_prefix}_loss"] = metrics.get(
             f"{metric_key_prefix}_forward_kl", math.log(metrics[f"{metric_key_prefix}_perplexity"])
         )
+        self.sampler.on_evaluate(metrics[f"{metric_key_prefix}_loss"])
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -226,7 +241,7 @@ class OKDTrainer(Trainer):
         """`student/` and `teacher_adapter/`: neither the base teacher nor pickles."""
         directory = Path(str(output_dir or self.args.output_dir))
         parts = {STUDENT: self.pair.student}
-        if self.args.preset.online:
+        if self.args.online:
             parts[ADAPTER] = self.pair.teacher
         for name, model in parts.items():
             own = None
@@ -239,8 +254,23 @@ class OKDTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         directory = Path(resume_from_checkpoint)
         _load_weights(self.pair.student, directory / STUDENT)
-        if self.args.preset.online:
+        if self.args.online:
             _load_weights(self.pair.teacher, directory / ADAPTER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Beside what continues a run, and not merely its weights: the sampler's state."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.args.preset.sequences != "dataset":
+            self.sampler.load(self._sampler_file(Path(checkpoint)))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Beside the random state that every process saves with a checkpoint: its sampler's."""
+        super()._save_rng_state(output_dir)
+        if self.args.preset.sequences != "dataset":
+            self.sampler.save(self._sampler_file(Path(output_dir)))
+
+    def _sampler_file(self, directory: Path) -> Path:
+        return directory / f"sampler_{self.args.process_index}.json"
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -248,7 +278,7 @@ class OKDTrainer(Trainer):
 
 def _prepare_teacher(teacher: Any, args: OKDConfig) -> Any:
     """Frozen, or with an online module that alone trains. Raises ValueError where something else would."""
-    if not args.preset.online:
+    if not args.online:
         return teacher.requires_grad_(False)
     if not hasattr(teacher, "peft_config"):
         teacher = attach_online_module(teacher, args)

@@ -376,9 +376,8 @@ def test_collator_equals_a_brute_force_loop_and_keeps_eos_where_pad_is_eos(multi
     assert len(positions) > 5
     assert batch["positions"].tolist() == positions and batch["targets"].tolist() == targets
     assert batch["ids"] == ["r0", "r1", "r2", "r3"]
-    assert all(
-        tensor.dtype == torch.int64 and tensor.device.type == "cpu" for name, tensor in batch.items() if name != "ids"
-    )
+    assert batch.pop("ids") and batch.pop("student_written").tolist() == [False] * 4
+    assert all(tensor.dtype == torch.int64 and tensor.device.type == "cpu" for tensor in batch.values())
 
 
 def test_collated_positions_gather_the_tokens_before_the_encoded_response():
