@@ -1,8 +1,8 @@
 """What a compiled Triton kernel contains, read off its disassembly: resources, accesses, and the loops that load.
 
-A loop is a strongly connected part of the control-flow graph, so that neither the order of blocks nor a copy of the body
-outside the loop misleads. Every instruction of a loop is counted once: a branch around masked work is taken to fall
-through. What cannot be counted this way (a loop in a loop, a subroutine) raises ValueError.
+A loop is a strongly connected part of the control-flow graph, so that neither the order of blocks nor a copy of the
+body outside the loop misleads. Every instruction of a loop is counted once: a branch around masked work is taken to
+fall through. What cannot be counted this way (a loop in a loop, a subroutine) raises ValueError.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def blocks(assembly: str, syntax: Assembly) -> tuple[nx.DiGraph, list[list[str]]
     names: list[list[str]] = [[]]
     starts: dict[str, int] = {}
     jumps: list[tuple[int, str]] = []
-    graph = nx.DiGraph()
+    graph = nx.DiGraph([("kernel", 0)])
     for line in assembly.splitlines():
         if label := re.match(syntax.label, line):
             if names[-1]:
@@ -104,15 +104,18 @@ def passes(assembly: str, syntax: Assembly) -> list[dict[str, int]]:
     if any(re.match(syntax.returns, name) for block in names for name in block):
         raise ValueError("expected a kernel without subroutines: instructions of a call would not be counted")
     counts = []
-    for loop in sorted(nx.strongly_connected_components(graph), key=min):
+    graph_loops = (loop for loop in nx.strongly_connected_components(graph) if graph.subgraph(loop).edges)
+    for loop in sorted(graph_loops, key=min):
         body = [name for block in sorted(loop) for name in names[block]]
         loads, stores = accesses(body, syntax)
-        if not loads or not graph.subgraph(loop).edges:
+        if not loads:
             continue
         entries = {b for a, b in graph.edges if b in loop and a not in loop}
-        rest = nx.restricted_view(graph.subgraph(loop), entries, [])
-        if len(entries) != 1 or not nx.is_directed_acyclic_graph(rest):
-            raise ValueError("expected loops with one entry and no loop inside: iterations would not be counted")
+        back = [(a, b) for a, b in graph.subgraph(loop).edges if b in entries]
+        if len(back) != 1 or not nx.is_directed_acyclic_graph(nx.restricted_view(graph.subgraph(loop), [], back)):
+            raise ValueError(
+                "expected loops with one entry, one way back and no loop inside: iterations are not counted"
+            )
         counts.append(
             {
                 "instructions": sum(bool(re.match(syntax.issued, name)) for name in body),

@@ -41,7 +41,7 @@ def _load(pointer, bias, offsets, loadable, v, scale, softcap, HAS_BIAS: tl.cons
     x *= scale
     slope = scale
     if HAS_SOFTCAP:
-        e = exp(-2.0 * tl.abs(x) / softcap)
+        e = exp(tl.abs(x) * (-2.0 / softcap))
         tanh = (1.0 - e) / (1.0 + e)
         slope = scale * (1.0 - tanh * tanh)
         x = tl.where(x < 0, -softcap * tanh, softcap * tanh)
@@ -236,9 +236,7 @@ def _row_kernel(
             if DZ:
                 if HAS_TEMPERATURE and S_CE:
                     q_at_1 = exp(z - z_log_1)
-                dz = _gradient(
-                    g, s_slope_sum, q, q_at_1, z_slope * s_factor, z_slope * s_ce_factor, is_label, S_CE
-                )
+                dz = _gradient(g, s_slope_sum, q, q_at_1, z_slope * s_factor, z_slope * s_ce_factor, is_label, S_CE)
                 dz = tl.where(offsets < v, dz, 0.0)
                 tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=offsets < dz_storable)
             if T_RULE is not None:
@@ -247,9 +245,7 @@ def _row_kernel(
                 if DU:
                     if HAS_TEMPERATURE and T_CE:
                         p_at_1 = exp(u - u_log_1)
-                    du = _gradient(
-                        g, t_slope_sum, p, p_at_1, u_slope * t_factor, u_slope * t_ce_factor, is_label, T_CE
-                    )
+                    du = _gradient(g, t_slope_sum, p, p_at_1, u_slope * t_factor, u_slope * t_ce_factor, is_label, T_CE)
                     du = tl.where(offsets < v, du, 0.0)
                     tl.store(du_ptr + offsets, du.to(du_ptr.dtype.element_ty), mask=offsets < du_storable)
 
