@@ -17,12 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from okd_kernels.divergences import DIVERGENCES, Objective
+from okd_kernels.divergences import DIVERGENCES, LOG2_E, Objective, exp
 from okd_kernels.rows import FLOOR, INFINITE, STATISTICS, Side
 
 BLOCK_V = 2048
 _FLOOR = tl.constexpr(FLOOR)
 _INFINITE = tl.constexpr(INFINITE)
+_LOG2_E = tl.constexpr(LOG2_E)
 
 
 def launch_options(is_cuda: bool) -> dict[str, int]:
@@ -40,7 +41,7 @@ def _load(pointer, bias, offsets, loadable, v, scale, softcap, HAS_BIAS: tl.cons
     x *= scale
     slope = scale
     if HAS_SOFTCAP:
-        e = tl.exp(-2.0 * tl.abs(x) / softcap)
+        e = exp(tl.abs(x) * (-2.0 / softcap))
         tanh = (1.0 - e) / (1.0 + e)
         slope = scale * (1.0 - tanh * tanh)
         x = tl.where(x < 0, -softcap * tanh, softcap * tanh)
@@ -54,12 +55,12 @@ def _fold(x):
 
 
 @triton.jit
-def _gradient(g, slope_sum, q, q_at_1, row_scale, weight, ce_weight, is_label, temperature, HAS_CE: tl.constexpr):
-    """d(loss)/d(logit): temperature times the divergence's (1/T from the logits, T^2 on the loss), plus the CE's."""
-    gradient = weight * temperature * (g - q * slope_sum)
+def _gradient(g, slope_sum, q, q_at_1, factor, ce_factor, is_label, HAS_CE: tl.constexpr):
+    """d(loss)/d(logit): `factor` times the divergence's, `ce_factor` times the CE's."""
+    gradient = factor * (g - q * slope_sum)
     if HAS_CE:
-        gradient += ce_weight * (q_at_1 - is_label)
-    return row_scale * gradient
+        gradient += ce_factor * (q_at_1 - is_label)
+    return gradient
 
 
 @triton.jit
@@ -109,6 +110,9 @@ def _row_kernel(
                     du_ptr + start + columns, zeros.to(du_ptr.dtype.element_ty), mask=start + columns < du_storable
                 )
     else:
+        inverse_temperature = 1.0 / temperature
+        rate = _LOG2_E / temperature  # exp(x / T) is 2^(rate x)
+
         # pass 1: log-sum-exps. Running totals are vectors, reduced once at the end.
         z_max = _FLOOR + 0.0
         u_max = _FLOOR + 0.0
@@ -122,16 +126,17 @@ def _row_kernel(
             offsets = start + columns
             z, _ = _load(z_ptr, z_bias_ptr, offsets, z_loadable, v, z_scale, z_softcap, Z_BIAS, Z_SOFTCAP)
             u, _ = _load(u_ptr, u_bias_ptr, offsets, u_loadable, v, u_scale, u_softcap, U_BIAS, U_SOFTCAP)
-            z_new = tl.maximum(z_max, tl.max(z, axis=0))
-            u_new = tl.maximum(u_max, tl.max(u, axis=0))
+            z_block_max, u_block_max = tl.split(tl.max(tl.join(z, u), axis=0))  # one reduction: half the barriers
+            z_new = tl.maximum(z_max, z_block_max)
+            u_new = tl.maximum(u_max, u_block_max)
             z_rise = z_new - z_max
             u_rise = u_new - u_max
             z -= z_new
             u -= u_new
-            z_rescale = tl.exp(-z_rise / temperature)
-            u_rescale = tl.exp(-u_rise / temperature)
-            e_z = tl.exp(z / temperature)
-            e_u = tl.exp(u / temperature)
+            z_rescale = tl.exp2(-z_rise * rate)
+            u_rescale = tl.exp2(-u_rise * rate)
+            e_z = tl.exp2(z * rate)
+            e_u = tl.exp2(u * rate)
             # Logits are taken from their own maximum, lest a constant between the models cost digits.
             if S_SLOPE_SUM == "value":
                 s_value = z_rescale * (s_value + (u_rise - z_rise) * z_total) + _fold(e_z * (z - u))
@@ -140,8 +145,8 @@ def _row_kernel(
             z_total = z_total * z_rescale + _fold(e_z)
             u_total = u_total * u_rescale + _fold(e_u)
             if HAS_TEMPERATURE:  # the cross-entropies stay at temperature 1
-                z_total_1 = z_total_1 * tl.exp(-z_rise) + _fold(tl.exp(z))
-                u_total_1 = u_total_1 * tl.exp(-u_rise) + _fold(tl.exp(u))
+                z_total_1 = z_total_1 * exp(-z_rise) + _fold(exp(z))
+                u_total_1 = u_total_1 * exp(-u_rise) + _fold(exp(u))
             z_max = z_new
             u_max = u_new
         z_sum = tl.sum(z_total, axis=0)
@@ -169,10 +174,10 @@ def _row_kernel(
                 offsets = start + columns
                 z, _ = _load(z_ptr, z_bias_ptr, offsets, z_loadable, v, z_scale, z_softcap, Z_BIAS, Z_SOFTCAP)
                 u, _ = _load(u_ptr, u_bias_ptr, offsets, u_loadable, v, u_scale, u_softcap, U_BIAS, U_SOFTCAP)
-                log_q = (z - z_max) / temperature - z_log
-                log_p = (u - u_max) / temperature - u_log
-                q = tl.exp(log_q)
-                p = tl.exp(log_p)
+                log_q = (z - z_max) * inverse_temperature - z_log
+                log_p = (u - u_max) * inverse_temperature - u_log
+                q = exp(log_q)
+                p = exp(log_p)
                 if S_SLOPE_SUM == "unknown":
                     _, g = S_RULE(log_q, log_p, q, p, s_a, s_b)
                     s_sums += _fold(g)
@@ -192,27 +197,33 @@ def _row_kernel(
             t_nll = u_log_1 - (u_label - u_max)
         s_row_scale = tl.load(row_scales_ptr + row * 2)
         t_row_scale = tl.load(row_scales_ptr + row * 2 + 1)
+        s_factor = s_row_scale * s_weight * temperature  # 1/T from the logits, T^2 on the loss
+        t_factor = t_row_scale * t_weight * temperature
+        s_ce_factor = s_row_scale * s_ce_weight
+        t_ce_factor = t_row_scale * t_ce_weight
         s_losses = tl.zeros([BLOCK // 4], dtype=tl.float32)
         t_losses = tl.zeros([BLOCK // 4], dtype=tl.float32)
         forward = tl.zeros([BLOCK // 4], dtype=tl.float32)
         reverse = tl.zeros([BLOCK // 4], dtype=tl.float32)
         s_entropy = tl.zeros([BLOCK // 4], dtype=tl.float32)
         t_entropy = tl.zeros([BLOCK // 4], dtype=tl.float32)
-        agree = tl.zeros([BLOCK // 4], dtype=tl.float32)
+        top = tl.full([BLOCK // 4], 2 * _FLOOR, dtype=tl.float32)  # 0 where both rows have their maximum in one place
         for start in range(0, v, BLOCK):
             offsets = start + columns
             z, z_slope = _load(z_ptr, z_bias_ptr, offsets, z_loadable, v, z_scale, z_softcap, Z_BIAS, Z_SOFTCAP)
             u, u_slope = _load(u_ptr, u_bias_ptr, offsets, u_loadable, v, u_scale, u_softcap, U_BIAS, U_SOFTCAP)
-            log_q = (z - z_max) / temperature - z_log
-            log_p = (u - u_max) / temperature - u_log
-            q = tl.exp(log_q)
-            p = tl.exp(log_p)
+            z -= z_max
+            u -= u_max
+            log_q = z * inverse_temperature - z_log
+            log_p = u * inverse_temperature - u_log
+            q = exp(log_q)
+            p = exp(log_p)
             difference = log_p - log_q
             forward += _fold(p * difference - p + q)
             reverse += _fold(p - q - q * difference)
             s_entropy -= _fold(q * log_q)
             t_entropy -= _fold(p * log_p)
-            agree += _fold(tl.where((z == z_max) & (u == u_max), 1.0, 0.0))
+            top = tl.maximum(top, tl.max(tl.reshape(z + u, [BLOCK // 4, 4]), axis=1))
             q_at_1 = q
             p_at_1 = p
             is_label = tl.where(offsets == label, 1.0, 0.0)
@@ -224,10 +235,8 @@ def _row_kernel(
             s_losses += _fold(l)
             if DZ:
                 if HAS_TEMPERATURE and S_CE:
-                    q_at_1 = tl.exp(z - z_max - z_log_1)
-                dz = z_slope * _gradient(
-                    g, s_slope_sum, q, q_at_1, s_row_scale, s_weight, s_ce_weight, is_label, temperature, S_CE
-                )
+                    q_at_1 = exp(z - z_log_1)
+                dz = _gradient(g, s_slope_sum, q, q_at_1, z_slope * s_factor, z_slope * s_ce_factor, is_label, S_CE)
                 dz = tl.where(offsets < v, dz, 0.0)
                 tl.store(dz_ptr + offsets, dz.to(dz_ptr.dtype.element_ty), mask=offsets < dz_storable)
             if T_RULE is not None:
@@ -235,10 +244,8 @@ def _row_kernel(
                 t_losses += _fold(l)
                 if DU:
                     if HAS_TEMPERATURE and T_CE:
-                        p_at_1 = tl.exp(u - u_max - u_log_1)
-                    du = u_slope * _gradient(
-                        g, t_slope_sum, p, p_at_1, t_row_scale, t_weight, t_ce_weight, is_label, temperature, T_CE
-                    )
+                        p_at_1 = exp(u - u_log_1)
+                    du = _gradient(g, t_slope_sum, p, p_at_1, u_slope * t_factor, u_slope * t_ce_factor, is_label, T_CE)
                     du = tl.where(offsets < v, du, 0.0)
                     tl.store(du_ptr + offsets, du.to(du_ptr.dtype.element_ty), mask=offsets < du_storable)
 
@@ -257,7 +264,7 @@ def _row_kernel(
         tl.store(statistics_ptr + 3, tl.sum(t_entropy, axis=0))
         tl.store(statistics_ptr + 4, s_nll)
         tl.store(statistics_ptr + 5, t_nll)
-        tl.store(statistics_ptr + 6, tl.minimum(tl.sum(agree, axis=0), 1.0))
+        tl.store(statistics_ptr + 6, tl.where(tl.max(top, axis=0) == 0, 1.0, 0.0))
 
 
 def _slope_sum(objective: Objective | None) -> str:
