@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd.data import IGNORE
+from okd.models import evaluating
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
@@ -130,27 +131,6 @@ def seeded(seed: int, model: PreTrainedModel) -> Iterator[None]:
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def evaluating(*models: PreTrainedModel | None) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every `training` and `requires_grad` flag is as it was.
-
-    Flag by flag, because a frozen part may be in another mode than its parent, and because leaving PEFT's
-    `disable_adapter` makes frozen adapters trainable. Not `inference_mode`: modules may cache tensors made inside.
-    """
-    modules = [(module, module.training) for model in models if model is not None for module in model.modules()]
-    parameters = [(p, p.requires_grad) for model in models if model is not None for p in model.parameters()]
-    try:
-        for module, _ in modules:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modules:
-            module.training = training
-        for parameter, requires_grad in parameters:
-            parameter.requires_grad_(requires_grad)
 
 
 def batches(

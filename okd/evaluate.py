@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from okd.answers import SAMPLED, Row, batches, evaluating, generate_answers, padding_token, rouge_l, seeded
+from okd.answers import SAMPLED, Row, batches, generate_answers, padding_token, rouge_l, seeded
 from okd.data import IGNORE, Collator
-from okd.models import base_teacher, hidden_states
+from okd.models import base_teacher, evaluating, hidden_states
 from okd_kernels import LinearHead, linear_distillation_loss
 
 STATISTICS = ("student_nll", "teacher_nll", "forward_kl", "reverse_kl", "top1_agreement")  # of the loss, per token
