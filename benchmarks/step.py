@@ -2,9 +2,9 @@
 
 Each candidate is a method of `okd.config.METHODS` run by `OKDTrainer` itself: fetching, generating where the method
 does, both models' forward, the loss, backward, clipping and AdamW. "eager" swaps the pair's `distil`, and nothing else,
-for the loss that trainers write, on the same response rows. Every round runs each candidate in a fresh process, forwards
-and backwards through the list by turns; its first steps are discarded. Rows are random tokens, half prompt and half
-response, and no response ends early, so that all candidates train on equally many tokens.
+for the loss that trainers write, on the same response rows. Every round runs each candidate in a fresh process, through
+the list and back by turns; its first steps are discarded. Rows are random tokens, half prompt and half response, and no
+response ends early, so that all candidates train on equally many tokens.
 
 Of a step, "loss" is from hidden states to their gradients: the call of `distil`, and in the backward pass the time from
 the gradient of the loss to the last of the gradients of hidden states. "Generating" is all before the first forward
@@ -161,7 +161,7 @@ class LossClock:
 
 
 def eager_distil(pair: Any) -> Callable[..., DistillationLoss]:
-    """`StudentTeacher.distil` from whole logits, by `benchmarks.peers.eager`: the mean of one batch, not accumulated."""
+    """`StudentTeacher.distil` from whole logits, by `benchmarks.peers.eager`: a batch's mean, no accumulation."""
     online = pair.teacher_objective is not None
     divergence = "okd" if online else pair.student_objective.divergence
     if divergence not in peers.DIVERGENCES or (online and pair.args.teacher_kl_weight != peers.OKD_WEIGHT):
