@@ -43,7 +43,7 @@ from okd.models import SMOLLM2, check_tokenizers, keep_layers, load_model, load_
 
 DEFAULT_METHODS = ("okd", "sft", "forward_kd", "gkd")
 TEACHER_RANK = 16  # of the LoRA that `--tune-teacher` merges
-PROBE_STEPS = 3  # timed by `--dry-run`
+PROBE_STEPS = 4  # that time a method; the first is left out
 SETTINGS = (  # what all lines of a results.jsonl have in common
     *("train_file", "eval_file", "teacher", "student", "student_layers", "tune_teacher", "tune_student"),
     *("tune_student_method", "batch_size", "max_length", "learning_rate", "set", "device"),
@@ -191,8 +191,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         }
         if probe:
             return result
-        if steps % args.eval_steps:
-            trainer.evaluate()  # the curve's last point
+        if not curve.points or curve.points[-1][0] < steps:
+            trainer.evaluate()
     judge = teacher if trainer.pair.teacher is None else trainer.pair.teacher  # with the adapter, which goes off
     return {**result, "metrics": quality(job, student, judge, tokenizer), "curve": curve.points}
 
@@ -251,7 +251,7 @@ class Results:
 
 
 def wall_clock_plan(results: Results, args: argparse.Namespace) -> dict[str, Any] | None:
-    """{"seconds": W, "steps": {variant: steps that fit W}}, from the step times of the runs of equal steps.
+    """{"seconds": W, "steps": {variant: steps that fit W}}, by the step times of equal steps, else of probes.
 
     Written to plan.json, so that a run that goes on, or gains seeds, keeps to it. None without the first method's time.
     """
@@ -260,7 +260,10 @@ def wall_clock_plan(results: Results, args: argparse.Namespace) -> dict[str, Any
     name = f"{args.steps} steps, {f'{args.seconds:g} s' if args.seconds else f'time of {args.methods[0]}'}"
     times = {}
     for variant in args.methods:
-        runs = [results.get("train", variant, seed, args.steps) for seed in range(args.seeds)]
+        if "steps" in args.budgets:
+            runs = [results.get("train", variant, seed, args.steps) for seed in range(args.seeds)]
+        else:
+            runs = [results.run("probe", variant, 0, PROBE_STEPS)]
         taken = [run["step_s"] for run in runs if run is not None]
         if taken:
             times[variant] = statistics.fmean(taken)
@@ -287,7 +290,7 @@ def estimate(results: Results, args: argparse.Namespace) -> float:
         seconds = probe["step_s"]
         reference = reference or seconds * args.steps
         missing = [s for s in range(args.seeds) if results.get("train", variant, s, args.steps) is None]
-        steps_part = len(missing) * (args.steps * seconds + overhead)
+        steps_part = len(missing) * (args.steps * seconds + overhead) if "steps" in args.budgets else 0.0
         timed = "time" in args.budgets and round(reference / seconds) != args.steps
         time_part = args.seeds * (reference + overhead) if timed else 0.0
         total += steps_part + time_part
@@ -422,20 +425,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         estimate(results, args)
         return
     baselines = {name: results.run("baseline", name) for name in ("student", "teacher")}
-    tables = {}
-    seeds = range(args.seeds)
-    runs = [
-        (seed, variant, results.run("train", variant, seed, args.steps)) for seed in seeds for variant in args.methods
-    ]
+    tables: dict[str, dict[str, list[dict[str, Any]]]] = {}
+
+    def train_all(title: str, steps: dict[str, int]) -> None:
+        """Seed by seed, so that a run that is cut short has compared what it has."""
+        runs = [(v, results.run("train", v, seed, n)) for seed in range(args.seeds) for v, n in steps.items()]
+        tables[title] = {variant: [run for name, run in runs if name == variant and run] for variant in args.methods}
+
     if "steps" in args.budgets:
-        tables[f"Equal steps: {args.steps}"] = {v: [r for _, name, r in runs if name == v and r] for v in args.methods}
+        train_all(f"Equal steps: {args.steps}", dict.fromkeys(args.methods, args.steps))
     plan = wall_clock_plan(results, args) if "time" in args.budgets else None
     if plan is not None:
         fitting = {variant: plan["steps"][variant] for variant in args.methods if variant in plan["steps"]}
-        runs = [(v, results.run("train", v, seed, steps)) for seed in seeds for v, steps in fitting.items()]
-        tables[f"Equal training time: {plan['seconds']:.3g} s"] = {
-            v: [r for name, r in runs if name == v and r] for v in args.methods
-        }
+        train_all(f"Equal training time: {plan['seconds']:.3g} s", fitting)
     known = {name: result for name, result in baselines.items() if result is not None}
     text = "\n\n".join(table(title, rows, known) for title, rows in tables.items())
     print(f"\n{text}")

@@ -7,8 +7,8 @@ the list and back by turns; its first steps are discarded. Rows are random token
 response ends early, so that all candidates train on equally many tokens.
 
 Of a step, "loss" is from hidden states to their gradients: the call of `distil`, and in the backward pass the time from
-the gradient of the loss to the last of the gradients of hidden states. "Generating" is all before the first forward
-pass. Memory: peak resident set on a CPU, the allocator's peak on a GPU, over all steps, weights included.
+the gradient of the loss until the first model goes backward. "Generating" is all before the first forward pass. Memory:
+peak resident set on a CPU, the allocator's peak on a GPU, over all steps, weights included.
 """
 
 from __future__ import annotations
@@ -144,7 +144,9 @@ class LossClock:
             marks[2] = marks[2] or self._mark()
 
         def end(_: Tensor) -> None:
-            marks[3] = self._mark()
+            # Called when the model that made the rows is about to go backward. Autograd goes back through what was done
+            # last first: the loss, one model, the other; so the first call counts.
+            marks[3] = marks[3] or self._mark()
 
         for tensors, hook in (((loss.student, loss.teacher), begin), ((student, teacher), end)):
             for tensor in tensors:
