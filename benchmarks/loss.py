@@ -192,13 +192,13 @@ def memory_job(case: Case, candidate: Candidate) -> int | str:
         before = torch.cuda.memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of the resident set
-        before = _peak_rss()
+        before = peak_rss()
     gradients = run()
-    peak = torch.cuda.max_memory_allocated() if case.device == "cuda" else _peak_rss()
+    peak = torch.cuda.max_memory_allocated() if case.device == "cuda" else peak_rss()
     return peak - before - sum(g.nbytes for g in gradients if g is not None)
 
 
-def _peak_rss() -> int:
+def peak_rss() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 

@@ -182,6 +182,12 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--examples", type=int, help="measure the first so many (default: all)")
     parser.add_argument("--answers", type=int, default=32, help="prompts answered for ROUGE-L (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, help="answer so many times, sampled at T = 1: mean and deviation (default: once, greedily)"
+    )
+    parser.add_argument(
+        "--exposure-bias", type=int, metavar="N", help="prompts whose answers both models sample for ExAccErr"
+    )
     parser.add_argument("--max-length", type=int, default=512, help="tokens of an example (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--output", help="write the metrics to this JSON file too")
@@ -190,23 +196,25 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     from okd.data import encode, read_jsonl
     from okd.evaluate import evaluate
+    from okd.exposure import exposure_bias
     from okd.models import check_tokenizers, load_model, load_tokenizer
 
+    if options.exposure_bias is not None and options.teacher is None:
+        raise ValueError("expected a teacher to measure exposure bias against; got none: pass --teacher")
     examples = read_jsonl(options.file)[: options.examples]
     tokenizer = load_tokenizer(options.student)
     if options.teacher is not None:
         check_tokenizers(tokenizer, load_tokenizer(options.teacher))
     encoded = encode(examples, tokenizer, max_length=options.max_length)
     print(encoded.summary(), file=sys.stderr)
+    student = load_model(options.student).to(_device())
+    teacher: Any = None if options.teacher is None else load_model(options.teacher).to(_device())
+    sizes = {"batch_size": options.batch_size, "max_new_tokens": options.max_new_tokens}
     metrics, _answers = evaluate(
-        load_model(options.student).to(_device()),
-        None if options.teacher is None else load_model(options.teacher).to(_device()),
-        tokenizer,
-        encoded.rows,
-        batch_size=options.batch_size,
-        generate=options.answers,
-        max_new_tokens=options.max_new_tokens,
+        student, teacher, tokenizer, encoded.rows, generate=options.answers, seeds=options.seeds, **sizes
     )
+    if options.exposure_bias is not None:
+        metrics |= exposure_bias(student, teacher, tokenizer, encoded.rows, prompts=options.exposure_bias, **sizes)
     text = json.dumps(metrics, indent=2)
     print(text)
     if options.output:
@@ -223,8 +231,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> None:
+    from okd.answers import generate_answers
     from okd.data import encode, read_jsonl
-    from okd.evaluate import generate_answers
     from okd.models import load_model, load_tokenizer
 
     # A completion marks where the answer begins; the model never sees it.

@@ -1,4 +1,4 @@
-"""How close is the student to its teacher, and how good are its answers?
+"""How close is the student to its teacher, where it is not, and how good are its answers?
 
 A falling OKD training loss says little, because its target moves with the student. So everything here is measured
 against the teacher as it was before training, its online module switched off, over all response tokens of given rows.
@@ -10,21 +10,19 @@ Shapes: B rows padded to T tokens, N of which come before a response token; D th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from itertools import islice, takewhile
-from typing import Any, TypeVar
+import statistics
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from okd.answers import SAMPLED, Row, batches, generate_answers, padding_token, rouge_l, seeded
 from okd.data import IGNORE, Collator
-from okd.models import base_teacher, hidden_states
+from okd.models import base_teacher, evaluating, hidden_states
 from okd_kernels import LinearHead, linear_distillation_loss
-
-Row = dict[str, Any]
-Item = TypeVar("Item")
 
 STATISTICS = ("student_nll", "teacher_nll", "forward_kl", "reverse_kl", "top1_agreement")  # of the loss, per token
 
@@ -38,25 +36,45 @@ def evaluate(
     batch_size: int = 8,
     generate: int | None = None,
     max_new_tokens: int = 64,
+    seeds: int | None = None,
     progress: bool = True,
 ) -> tuple[dict[str, float | None], list[dict[str, str]]]:
     """(metrics, answers): `divergence_metrics` of all `rows`, and ROUGE-L of answers to the first `generate` of them.
 
     `generate=None` answers every row, 0 none. It adds `rouge_l` (0 to 100; None when nothing was answered) to the
-    metrics, and two counts, `rows` and `answers`. Raises ValueError where `divergence_metrics` does.
+    metrics, and two counts, `rows` and `answers`. Answers are greedy; with `seeds` of 2 or more they are sampled from q
+    itself (T = 1) once for each seed 0, 1, ...: `rouge_l` is then the mean over seeds, `rouge_l_std` their standard
+    deviation (of n - 1), and the answers returned are those of seed 0. Raises ValueError where `divergence_metrics`
+    does.
     """
     if generate is not None and generate < 0:
         raise ValueError(f"expected generate to be a number of rows >= 0, got {generate}; pass None to answer all rows")
-    pad_token_id = _pad_token_id(tokenizer)
+    if seeds is not None and seeds < 1:
+        raise ValueError(f"expected seeds >= 1, got {seeds}; 1 answers greedily, as None does")
+    pad_token_id = padding_token(tokenizer)
     divergences = divergence_metrics(
         student, teacher, rows, pad_token_id=pad_token_id, batch_size=batch_size, progress=progress
     )
-    asked = islice(rows, generate)
-    answers = generate_answers(
-        student, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
-    )
-    score = rouge_l(answers) if answers else None
-    return {**divergences, "rouge_l": score, "rows": len(rows), "answers": len(answers)}, answers
+    sampled = seeds is not None and seeds > 1
+    answers: list[list[dict[str, str]]] = []
+    for seed in range(seeds or 1):
+        with seeded(seed, student):
+            answers.append(
+                generate_answers(
+                    student,
+                    tokenizer,
+                    islice(rows, generate),
+                    max_new_tokens=max_new_tokens,
+                    batch_size=batch_size,
+                    progress=progress,
+                    **(SAMPLED if sampled else {}),
+                )
+            )
+    scores = [rouge_l(a) for a in answers if a]
+    metrics = {**divergences, "rouge_l": statistics.fmean(scores) if scores else None}
+    if sampled:
+        metrics["rouge_l_std"] = statistics.stdev(scores) if scores else None
+    return {**metrics, "rows": len(rows), "answers": len(answers[0])}, answers[0]
 
 
 def divergence_metrics(
@@ -75,25 +93,68 @@ def divergence_metrics(
     `perplexity` and `tokens`. If one head is padded further than the other, over the ids they share. Sums are float64:
     the batch size changes nothing beyond the models' own rounding.
 
+    Each also with `_easy` and `_hard`: over the half of the tokens that the teacher finds easier and over the rest, by
+    its uncertainty UNC = 1 - p(y) (arXiv 2409.12512); `unc_median` is the largest UNC of an easy token. Tokens of equal
+    UNC count as easier the earlier they come in `rows`; a single token has no halves.
+
     Raises ValueError for rows without a response token or with an id outside a model's vocabulary, and if student and
     teacher are one model.
+    """
+    rows = [row for row in rows if any(label != IGNORE for label in row["labels"][1:])]  # none predicts a first token
+    if not rows:
+        raise ValueError("expected a row with a response token, got none; pass rows whose labels are not all -100")
+    tokens = torch.cat(
+        token_statistics(student, teacher, rows, pad_token_id=pad_token_id, batch_size=batch_size, progress=progress),
+        dim=1,
+    )
+    metrics = _means(tokens)
+    if teacher is None:
+        return {"perplexity": metrics["perplexity"], "tokens": tokens.shape[1]}
+    nll = tokens[STATISTICS.index("teacher_nll")]  # increases with UNC = 1 - exp(-nll), and rounds it away less
+    order = nll.argsort(stable=True)
+    easy, hard = order[: (len(order) + 1) // 2], order[(len(order) + 1) // 2 :]
+    if len(hard):
+        metrics |= {f"{name}_easy": value for name, value in _means(tokens[:, easy]).items()}
+        metrics |= {f"{name}_hard": value for name, value in _means(tokens[:, hard]).items()}
+        metrics["unc_median"] = -math.expm1(-nll[easy[-1]].item())
+    return {**metrics, "tokens": tokens.shape[1]}
+
+
+def _means(tokens: torch.Tensor) -> dict[str, float]:  # (len(STATISTICS), n)
+    mean = dict(zip(STATISTICS, tokens.mean(dim=1).tolist(), strict=True))
+    perplexity, teacher_perplexity = (math.exp(mean.pop(name)) for name in ("student_nll", "teacher_nll"))
+    return {"perplexity": perplexity, "teacher_perplexity": teacher_perplexity, **mean}
+
+
+def token_statistics(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    rows: Sequence[Row],
+    *,
+    pad_token_id: int,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> list[torch.Tensor]:
+    """Of each row, in order, `STATISTICS` of its response tokens: (len(STATISTICS), n_i), float64 on the CPU.
+
+    The teacher's online module is off. Without a teacher the student stands in for it: that takes one forward a batch.
     """
     if teacher is student:
         raise ValueError(
             "expected two models, got one as student and teacher; load the teacher apart, as its adapter is off here "
             "while the student's is on"
         )
-    rows = [row for row in rows if any(label != IGNORE for label in row["labels"][1:])]  # none predicts a first token
-    if not rows:
-        raise ValueError("expected a row with a response token, got none; pass rows whose labels are not all -100")
     collate = Collator(pad_token_id)
-    totals, tokens = torch.zeros(len(STATISTICS), dtype=torch.float64), 0
-    with _evaluating(student, teacher), nullcontext() if teacher is None else base_teacher(teacher):
+    result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    with evaluating(student, teacher), nullcontext() if teacher is None else base_teacher(teacher):
         student_head = _head(student, "student", rows)
-        # without a teacher the student stands in for it, so that its perplexity takes one forward
         teacher_head = student_head if teacher is None else _head(teacher, "teacher", rows)
         vocab_size = min(len(student_head.weight), len(teacher_head.weight))
-        for batch_rows in _batches(rows, lambda row: len(row["input_ids"]), batch_size, "divergence", progress):
+        items = list(enumerate(rows))
+        for items_of_batch in batches(
+            items, lambda item: len(item[1]["input_ids"]), batch_size, "divergence", progress
+        ):
+            indices, batch_rows = zip(*items_of_batch, strict=True)
             batch = collate(batch_rows)
             student_hidden = _response_hidden(student, batch)
             teacher_hidden = student_hidden if teacher is None else _response_hidden(teacher, batch)
@@ -102,104 +163,11 @@ def divergence_metrics(
                 student_hidden, student_head, teacher_hidden, teacher_head, targets, vocab_size=vocab_size
             )
             # summed on the CPU: one transfer a batch, and not every accelerator has float64
-            totals += torch.stack([loss.metrics[name] for name in STATISTICS]).cpu().double().sum(dim=1)
-            tokens += len(targets)
-
-    mean = dict(zip(STATISTICS, (totals / tokens).tolist(), strict=True))
-    metrics = {"perplexity": math.exp(mean.pop("student_nll")), "tokens": tokens}
-    if teacher is not None:
-        metrics |= {"teacher_perplexity": math.exp(mean.pop("teacher_nll")), **mean}
-    return metrics
-
-
-def generate_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[Row],
-    *,
-    max_new_tokens: int = 64,
-    batch_size: int = 16,
-    progress: bool = True,
-    **generation_kwargs: Any,
-) -> list[dict[str, str]]:
-    """`[{"id", "prompt", "reference", "answer"}]`: the model's greedy answers to the prompts of `rows`, in their order.
-
-    The prompt is everything before the first response, the reference that response; none has special tokens. Rows of
-    plain text, all response but for the first token, have no prompt and are left out. An answer ends at the tokenizer's
-    or the model's end-of-sequence token, or after `max_new_tokens`. `generation_kwargs` go to `model.generate`.
-    """
-
-    def text(ids: list[int]) -> str:
-        return tokenizer.batch_decode([ids], skip_special_tokens=True)[0]
-
-    asked: list[tuple[list[int], dict[str, str]]] = []
-    for row in rows:
-        prompt, reference = _prompt_and_reference(row)
-        if len(prompt) > 1 and reference:
-            asked.append((prompt, {"id": row["id"], "prompt": text(prompt), "reference": text(reference)}))
-
-    pad_token_id = _pad_token_id(tokenizer)
-    # a chat model's own list of ends may be longer than the tokenizer's
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    # greedy whatever generation_config.json says: Qwen's, say, samples under a repetition penalty
-    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
-    options |= {"pad_token_id": pad_token_id, "eos_token_id": sorted(ends) or None, **generation_kwargs}
-    with _evaluating(model):
-        for batch in _batches(asked, lambda item: len(item[0]), batch_size, "answers", progress):
-            width = len(batch[0][0])  # the longest comes first
-            # left-padded by hand, as tokenizer.padding_side is the caller's
-            padding = [width - len(prompt) for prompt, _ in batch]
-            input_ids = [[pad_token_id] * n + prompt for n, (prompt, _) in zip(padding, batch, strict=True)]
-            attention_mask = [[0] * n + [1] * (width - n) for n in padding]
-            output = model.generate(  # type: ignore[operator]  # of GenerationMixin, not of PreTrainedModel
-                input_ids=torch.tensor(input_ids, device=model.device),
-                attention_mask=torch.tensor(attention_mask, device=model.device),
-                # not max_new_tokens, beside which transformers warns of a max_length in generation_config.json
-                max_length=width + max_new_tokens,
-                max_new_tokens=None,
-                **options,
-            )
-            for (_, sample), tokens in zip(batch, output[:, width:].tolist(), strict=True):
-                sample["answer"] = text(list(takewhile(lambda token: token not in ends, tokens)))
-    return [sample for _, sample in asked]
-
-
-def rouge_l(answers: Sequence[dict[str, str]]) -> float:
-    """100 * mean F1 of the longest common subsequence of stemmed words of "answer" and "reference" (Lin 2004).
-
-    Computed by `rouge_score`, whose words are of a-z and 0-9: text in other scripts scores 0.
-    """
-    if not answers:
-        raise ValueError("expected at least one answer, got none; generate for rows that have a prompt")
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise ImportError("expected the package rouge_score, got none; pip install rouge-score") from error
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    scores = [scorer.score(answer["reference"], answer["answer"])["rougeL"].fmeasure for answer in answers]
-    return 100 * sum(scores) / len(scores)
-
-
-@contextmanager
-def _evaluating(*models: PreTrainedModel | None) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every `training` and `requires_grad` flag is as it was.
-
-    Flag by flag, because a frozen part may be in another mode than its parent, and because leaving PEFT's
-    `disable_adapter` makes frozen adapters trainable. Not `inference_mode`: modules may cache tensors made inside.
-    """
-    modules = [(module, module.training) for model in models if model is not None for module in model.modules()]
-    parameters = [(p, p.requires_grad) for model in models if model is not None for p in model.parameters()]
-    try:
-        for module, _ in modules:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modules:
-            module.training = training
-        for parameter, requires_grad in parameters:
-            parameter.requires_grad_(requires_grad)
+            tokens = torch.stack([loss.metrics[name] for name in STATISTICS]).cpu().double()
+            counts = (batch["labels"][:, 1:] != IGNORE).sum(1).tolist()
+            for index, of_row in zip(indices, tokens.split(counts, dim=1), strict=True):
+                result[index] = of_row
+    return result
 
 
 def _head(model: PreTrainedModel, name: str, rows: Iterable[Row]) -> LinearHead:
@@ -217,27 +185,3 @@ def _response_hidden(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Ten
     """(N, D) hidden states that predict response tokens."""
     hidden = hidden_states(model, batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device))
     return hidden.flatten(0, 1)[batch["positions"].to(hidden.device)]
-
-
-def _batches(
-    items: Sequence[Item], length: Callable[[Item], int], batch_size: int, description: str, progress: bool
-) -> Iterator[list[Item]]:
-    """Batches of like lengths, to waste little padding; the longest first, to run out of memory at once or never."""
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch_size}; 8 is the default")
-    ordered = sorted(items, key=length, reverse=True)
-    for start in tqdm(range(0, len(ordered), batch_size), description, leave=False, disable=not progress):
-        yield ordered[start : start + batch_size]
-
-
-def _prompt_and_reference(row: Row) -> tuple[list[int], list[int]]:
-    """The ids before the first response, and the ids of that response."""
-    ids, labels = row["input_ids"], row["labels"]
-    start = next((i for i, label in enumerate(labels) if label != IGNORE), len(ids))
-    end = next((i for i in range(start, len(ids)) if labels[i] == IGNORE), len(ids))
-    return ids[:start], ids[start:end]
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The pad token, or else any: the attention mask hides it."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

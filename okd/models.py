@@ -173,6 +173,27 @@ def base_teacher(teacher: Any) -> Iterator[None]:
         parameter.requires_grad_(requires_grad)
 
 
+@contextmanager
+def evaluating(*models: nn.Module | None) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every `training` and `requires_grad` flag is as it was.
+
+    Flag by flag, because a frozen part may be in another mode than its parent, and because leaving PEFT's
+    `disable_adapter` makes frozen adapters trainable. Not `inference_mode`: modules may cache tensors made inside.
+    """
+    modules = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    parameters = [(p, p.requires_grad) for model in models if model is not None for p in model.parameters()]
+    try:
+        for module, _ in modules:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modules:
+            module.training = training
+        for parameter, requires_grad in parameters:
+            parameter.requires_grad_(requires_grad)
+
+
 def adapter_names(teacher: nn.Module) -> set[str]:
     """Names of the parameters that belong to a PEFT adapter rather than to the base model."""
     if not hasattr(teacher, "peft_config"):

@@ -112,7 +112,7 @@ def format_table(before: Mapping[str, float | None], after: Mapping[str, float |
 def format_samples(before_answers: Sequence[dict], after_answers: Sequence[dict], count: int = 3) -> str:
     """`count` rows answered by both, evenly spread: prompt, reference, and the answers before and after.
 
-    The answers are those of `okd.evaluate.generate_answers`, paired by id; lines are wrapped to 100 columns. Raises
+    The answers are those of `okd.answers.generate_answers`, paired by id; lines are wrapped to 100 columns. Raises
     ValueError if they share no id.
     """
     after = {answer["id"]: answer for answer in after_answers}

@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from okd import evaluate as module
-from okd.evaluate import divergence_metrics, evaluate, generate_answers, rouge_l
+from okd.answers import generate_answers, rouge_l
+from okd.evaluate import divergence_metrics, evaluate
 
 VOCAB, PAD, EOS = 64, 0, 1
 
@@ -90,7 +91,7 @@ ROWS = [
 @torch.no_grad()
 def expected_divergences(student, teacher, rows) -> dict[str, float]:
     """By definition, from whole logits of one unpadded row at a time."""
-    forward, reverse, student_nll, teacher_nll, agreement = [], [], [], [], []
+    found = []
     for example in rows:
         ids = torch.tensor([example["input_ids"]])
         log_q, log_p = (torch.log_softmax(model(ids).logits[0], dim=-1) for model in (student, teacher))
@@ -98,20 +99,25 @@ def expected_divergences(student, teacher, rows) -> dict[str, float]:
             y = example["labels"][t + 1]
             if y == -100:
                 continue
-            forward.append((log_p[t].exp() * (log_p[t] - log_q[t])).sum().item())
-            reverse.append((log_q[t].exp() * (log_q[t] - log_p[t])).sum().item())
-            student_nll.append(-log_q[t, y].item())
-            teacher_nll.append(-log_p[t, y].item())
-            agreement.append(float(log_q[t].argmax() == log_p[t].argmax()))
-    n = len(forward)
-    return {
-        "forward_kl": sum(forward) / n,
-        "reverse_kl": sum(reverse) / n,
-        "perplexity": math.exp(sum(student_nll) / n),
-        "teacher_perplexity": math.exp(sum(teacher_nll) / n),
-        "top1_agreement": sum(agreement) / n,
-        "tokens": n,
-    }
+            forward = (log_p[t].exp() * (log_p[t] - log_q[t])).sum().item()
+            reverse = (log_q[t].exp() * (log_q[t] - log_p[t])).sum().item()
+            agreement = float(log_q[t].argmax() == log_p[t].argmax())
+            found.append(
+                (1 - log_p[t, y].exp().item(), forward, reverse, -log_q[t, y].item(), -log_p[t, y].item(), agreement)
+            )
+    half = math.ceil(len(found) / 2)
+    by_uncertainty = sorted(found, key=lambda token: token[0])
+    expected = {"tokens": len(found), "unc_median": by_uncertainty[half - 1][0]}
+    for suffix, tokens in (("", found), ("_easy", by_uncertainty[:half]), ("_hard", by_uncertainty[half:])):
+        _, forward, reverse, student_nll, teacher_nll, agreement = (
+            sum(x) / len(tokens) for x in zip(*tokens, strict=True)
+        )
+        expected["forward_kl" + suffix] = forward
+        expected["reverse_kl" + suffix] = reverse
+        expected["perplexity" + suffix] = math.exp(student_nll)
+        expected["teacher_perplexity" + suffix] = math.exp(teacher_nll)
+        expected["top1_agreement" + suffix] = agreement
+    return expected
 
 
 def measured(student, teacher, rows=ROWS, **options) -> dict[str, float]:
@@ -145,6 +151,14 @@ def test_divergences_equal_their_definitions_on_whole_logits():
 def test_divergences_do_not_depend_on_the_batch_size(batch_size):
     student, teacher = llama(0), llama(1)
     assert measured(student, teacher, batch_size=batch_size) == pytest.approx(measured(student, teacher), rel=1e-12)
+
+
+def test_tokens_of_equal_uncertainty_have_halves_but_a_single_token_has_none():
+    one = row("one", (3, False), (1, True))
+    metrics = measured(llama(0), llama(1), [one, one])
+    assert metrics["forward_kl_easy"] == metrics["forward_kl_hard"] == pytest.approx(metrics["forward_kl"], rel=1e-12)
+    metrics = measured(llama(0), llama(1), [one])
+    assert metrics["tokens"] == 1 and not any(name.endswith(("_easy", "_hard")) for name in metrics)
 
 
 def test_sums_are_float64_within_a_batch_and_across_batches(monkeypatch):
@@ -373,6 +387,40 @@ def test_generate_limits_the_rows_that_are_answered(tokenizer, generate, ids):
     assert [answer["id"] for answer in answers] == ids
     assert metrics["answers"] == len(ids)
     assert (metrics["rouge_l"] is None) == (not ids)
+
+
+def test_seeds_are_answers_sampled_from_the_students_own_distribution(tokenizer):
+    """Mean and deviation over seeds of ROUGE-L, of samples that a plain loop draws from the same random numbers."""
+    student = llama(3, initializer_range=0.2)
+    student.generation_config.update(do_sample=True, temperature=0.1, top_k=2, top_p=0.3)  # must not count
+    state = torch.get_rng_state()
+    one = [ROWS[1]]
+    metrics, answers = evaluate(student, None, tokenizer, one, max_new_tokens=6, seeds=3, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    scores, first = [], None
+    for seed in range(3):
+        torch.manual_seed(seed)
+        ids = list(one[0]["input_ids"][:9])
+        for _ in range(6):
+            with torch.no_grad():
+                q = student(torch.tensor([ids])).logits[0, -1].softmax(-1)
+            ids.append(torch.multinomial(q, 1).item())
+            if ids[-1] == EOS:
+                break
+        answer = {"reference": words(one[0]["input_ids"][9:]), "answer": words(ids[9:])}
+        first = first or answer["answer"]
+        scores.append(rouge_l([answer]))
+    mean = sum(scores) / 3
+    assert answers[0]["answer"] == first
+    assert metrics["rouge_l"] == pytest.approx(mean)
+    assert metrics["rouge_l_std"] == pytest.approx((sum((s - mean) ** 2 for s in scores) / 2) ** 0.5)
+
+
+def test_one_seed_is_greedy_and_none_is_refused(tokenizer):
+    metrics, answers = evaluate(llama(3), None, tokenizer, ROWS, max_new_tokens=12, seeds=1, progress=False)
+    assert answers == answered(llama(3), tokenizer) and "rouge_l_std" not in metrics
+    with pytest.raises(ValueError, match="expected seeds >= 1, got 0"):
+        evaluate(llama(3), None, tokenizer, ROWS, seeds=0)
 
 
 def test_a_negative_number_of_rows_to_answer_is_refused(tokenizer):

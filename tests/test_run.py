@@ -88,6 +88,19 @@ def test_a_run_saves_everything_and_learns(folder, tmp_path, capsys):
         assert again[name] == pytest.approx(found["after"][name], rel=1e-5), name
 
 
+def test_evaluate_samples_over_seeds_and_measures_exposure_bias(folder, tmp_path, capsys):
+    path = tmp_path / "metrics.json"
+    models = ["--student", str(folder / "student"), "--teacher", str(folder / "teacher")]
+    sizes = ["--file", str(folder / "eval.jsonl"), "--answers", "4", "--max-new-tokens", "8", "--output", str(path)]
+    assert main(["evaluate", *models, *sizes, "--seeds", "3", "--exposure-bias", "6"]) == 0
+    found = json.loads(path.read_text())
+    assert json.loads(capsys.readouterr().out) == found
+    assert found["rouge_l_std"] >= 0 and found["forward_kl_easy"] != found["forward_kl_hard"]
+    assert {name for name in found if name.startswith("exaccerr")} == {"exaccerr_2", "exaccerr_4", "exaccerr_8"}
+    assert main(["evaluate", *models[:2], *sizes, "--exposure-bias", "6"]) == 2
+    assert "expected a teacher to measure exposure bias against" in capsys.readouterr().err
+
+
 def test_one_seed_gives_the_same_figures_and_another_does_not(folder, tmp_path):
     found = []
     for name, seed in (("a", "7"), ("b", "7"), ("c", "8")):

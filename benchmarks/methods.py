@@ -1,0 +1,462 @@
+"""Which method makes the best student? `python -m benchmarks.methods --train-file F --eval-file F --output-dir D`.
+
+All methods start from one student and one teacher, read one file, and are judged on another against the (tuned) base
+teacher, over several seeds, under two budgets: equal steps, and equal training time W, in which each method takes as
+many steps as fit W by its own step time, its learning-rate schedule fitted to them. W is `--seconds`, or else what the
+first method's `--steps` steps take, whose runs then serve both tables. Training time excludes loading and all
+evaluation, and includes generating.
+
+A method may carry options: `okd:teacher_kl_weight=0.9,online_learning_rate=5e-5`. Each (method, seed, steps) is a
+process of its own, so that its memory is its own, and its result a line of results.jsonl: a run that was killed goes on
+where it was, and more methods or seeds can be added. `--dry-run` times a few steps of each and estimates the rest.
+
+The paper's protocol fine-tunes the teacher on the training data first (`--tune-teacher`: steps of LoRA SFT, merged),
+and its students are pre-trained models: a student that has lost layers is mended first (`--tune-student`: steps, by
+default of forward KD from the teacher as it was before its own tuning). Both are made once, under output-dir/models.
+
+Peak memory is of training in its process, with the teacher that judges, which sft would not need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback
+
+from benchmarks.loss import environment
+from benchmarks.step import Clock, parse_options, parse_variant, peak_bytes, reset_peak, subprocess_job
+from okd import METHODS, OKDConfig, OKDTrainer
+from okd.data import encode, read_jsonl
+from okd.evaluate import divergence_metrics, evaluate
+from okd.models import SMOLLM2, check_tokenizers, keep_layers, load_model, load_tokenizer, parse_layers
+
+DEFAULT_METHODS = ("okd", "sft", "forward_kd", "gkd")
+TEACHER_RANK = 16  # of the LoRA that `--tune-teacher` merges
+PROBE_STEPS = 4  # that time a method; the first is left out
+SETTINGS = (  # what all lines of a results.jsonl have in common
+    *("train_file", "eval_file", "teacher", "student", "student_layers", "tune_teacher", "tune_student"),
+    *("tune_student_method", "batch_size", "max_length", "learning_rate", "set", "device"),
+    *("eval_examples", "answers", "answer_seeds", "max_new_tokens", "curve_examples", "curve_points"),
+)
+COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], float], str]] = {  # title, of a result, format
+    "rouge_l": ("ROUGE-L", lambda r: math.nan if r["metrics"]["rouge_l"] is None else r["metrics"]["rouge_l"], ".2f"),
+    "forward_kl": ("KL(p‖q)", lambda r: r["metrics"]["forward_kl"], ".4f"),
+    "reverse_kl": ("KL(q‖p)", lambda r: r["metrics"]["reverse_kl"], ".4f"),
+    "top1_agreement": ("top-1 %", lambda r: 100 * r["metrics"]["top1_agreement"], ".1f"),
+    "ce": ("CE", lambda r: math.log(r["metrics"]["perplexity"]), ".4f"),
+    "steps": ("steps", lambda r: r["steps"], ".0f"),
+    "step_s": ("s/step", lambda r: r["step_s"], ".2f"),
+    "train_s": ("train s", lambda r: r["train_s"], ".1f"),
+    "generating": ("gen. %", lambda r: 100 * r["generating_share"], ".0f"),
+    "peak": ("MiB", lambda r: r["peak_bytes"] / 2**20, ".0f"),
+}
+
+
+# --- a job: one process ---
+
+
+def load(job: dict[str, Any], *names: str) -> list[Any]:
+    """The tokenizer, and models that `prepare` made."""
+    folder = Path(job["output_dir"]) / "models"
+    return [load_tokenizer(str(folder / "teacher")), *(load_model(str(folder / n)).to(job["device"]) for n in names)]
+
+
+def training_arguments(job: dict[str, Any], folder: str, method: str, steps: int, **options: Any) -> OKDConfig:
+    """Common options, then the job's `--set`, then these."""
+    common = {
+        "output_dir": folder,
+        "method": method,
+        "max_steps": steps,
+        "per_device_train_batch_size": job["batch_size"],
+        "max_length": job["max_length"],
+        "learning_rate": job["learning_rate"],
+        "logging_strategy": "no",
+        "logging_first_step": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": job["device"] == "cpu",
+    }
+    return OKDConfig(**{**common, **parse_options(job["set"]), **options})
+
+
+def prepare(job: dict[str, Any]) -> dict[str, Any]:
+    """Write models/teacher and models/student, tuned where the settings say so."""
+    import peft
+
+    tokenizer, teacher = load_tokenizer(job["teacher"]), load_model(job["teacher"]).to(job["device"])
+    if job["student"] is None:
+        n_layers = teacher.config.get_text_config().num_hidden_layers
+        student = keep_layers(teacher, parse_layers(job["student_layers"], n_layers))
+    else:
+        check_tokenizers(load_tokenizer(job["student"]), tokenizer)
+        student = load_model(job["student"]).to(job["device"])
+    data = encode(read_jsonl(job["train_file"]), tokenizer, max_length=job["max_length"]).rows
+
+    def tune(model: Any, teacher: Any, method: str, steps: int) -> None:
+        transformers.set_seed(0)
+        with tempfile.TemporaryDirectory() as folder:
+            args = training_arguments(job, folder, method, steps)
+            OKDTrainer(model, teacher, args, data, processing_class=tokenizer).train()
+
+    if job["tune_student"]:
+        tune(student, teacher, job["tune_student_method"], job["tune_student"])
+    if job["tune_teacher"]:
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=TEACHER_RANK, lora_alpha=2 * TEACHER_RANK, target_modules="all-linear"
+        )
+        adapted: Any = peft.get_peft_model(teacher, config)
+        tune(adapted, None, "sft", job["tune_teacher"])
+        teacher = adapted.merge_and_unload()
+    models = Path(job["output_dir"]) / "models"
+    unfinished = models.with_name("models.part")
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.save_pretrained(unfinished / name)
+        tokenizer.save_pretrained(unfinished / name)
+    os.replace(unfinished, models)
+    return {}
+
+
+def held_out(job: dict[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
+    return encode(read_jsonl(job["eval_file"]), tokenizer, max_length=job["max_length"]).rows
+
+
+def quality(job: dict[str, Any], student: Any, teacher: Any, tokenizer: Any) -> dict[str, Any]:
+    """All metrics of `okd.evaluate` on the held-out examples."""
+    rows = held_out(job, tokenizer)[: job["eval_examples"]]
+    sizes = {"generate": job["answers"], "max_new_tokens": job["max_new_tokens"], "seeds": job["answer_seeds"]}
+    return evaluate(student, teacher, tokenizer, rows, progress=False, **sizes)[0]
+
+
+def curve_kl(student: Any, teacher: Any, rows: list[dict[str, Any]], tokenizer: Any) -> float:
+    found = divergence_metrics(student, teacher, rows, pad_token_id=tokenizer.pad_token_id, progress=False)
+    return found["forward_kl"]
+
+
+def baseline(job: dict[str, Any]) -> dict[str, Any]:
+    """The student before training, or the teacher in its place; and what a point of a curve costs."""
+    tokenizer, student, teacher = load(job, job["variant"], "teacher")
+    rows = held_out(job, tokenizer)[: job["curve_examples"]]
+    started = time.perf_counter()
+    curve = [[0, 0.0, curve_kl(student, teacher, rows, tokenizer)]]
+    seconds = time.perf_counter() - started
+    return {"metrics": quality(job, student, teacher, tokenizer), "curve": curve, "curve_s": seconds}
+
+
+class Curve(TrainerCallback):
+    """KL to the base teacher at each evaluation: [step, seconds of training, nats per token]."""
+
+    def __init__(self, clock: Clock, measure: Callable[[], float]):
+        self.clock, self.measure = clock, measure
+        self.points: list[list[float]] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        found = metrics.get("eval_forward_kl")  # absent where the method has no teacher
+        self.points.append([state.global_step, sum(self.clock.steps), self.measure() if found is None else found])
+
+
+def train(job: dict[str, Any]) -> dict[str, Any]:
+    """Train one student; its curve, its quality, its cost. A probe is only timed."""
+    method, options = parse_variant(job["variant"])
+    tokenizer, student, teacher = load(job, "student", "teacher")
+    data = encode(read_jsonl(job["train_file"]), tokenizer, max_length=job["max_length"]).rows
+    rows = held_out(job, tokenizer)[: job["curve_examples"]]
+    steps, probe = job["steps"], job["kind"] == "probe"
+    if not probe:
+        options = {"eval_strategy": "steps", "eval_steps": math.ceil(steps / job["curve_points"]), **options}
+    transformers.set_seed(job["seed"])
+    clock = Clock(job["device"])
+    curve = Curve(clock, lambda: curve_kl(student, teacher, rows, tokenizer))
+    with tempfile.TemporaryDirectory() as folder:
+        args = training_arguments(job, folder, method, steps, seed=job["seed"], **options)
+        # the clock comes last: it goes on when the curve has its point
+        trainer = OKDTrainer(student, teacher, args, data, rows, processing_class=tokenizer, callbacks=[curve, clock])
+        reset_peak(job["device"])
+        trainer.train()
+        result = {
+            "train_s": sum(clock.steps),
+            "step_s": statistics.fmean(clock.steps[1:] or clock.steps),  # the first allocates
+            "generating_share": sum(clock.before) / sum(clock.steps),
+            "peak_bytes": peak_bytes(job["device"]),
+        }
+        if probe:
+            return result
+        if not curve.points or curve.points[-1][0] < steps:
+            trainer.evaluate()
+    judge = teacher if trainer.pair.teacher is None else trainer.pair.teacher  # with the adapter, which goes off
+    return {**result, "metrics": quality(job, student, judge, tokenizer), "curve": curve.points}
+
+
+JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "prepare": prepare,
+    "baseline": baseline,
+    "probe": train,
+    "train": train,
+}
+
+
+# --- the run: jobs one after another, each kept when it is done ---
+
+
+class Results:
+    """Lines of results.jsonl, one for each job, by (kind, variant, seed, steps)."""
+
+    def __init__(self, settings: dict[str, Any]):
+        self.settings = settings
+        self.path = Path(settings["output_dir"]) / "results.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        self.found = {self._key(line): line for line in map(json.loads, lines) if "failed" not in line}
+
+    @staticmethod
+    def _key(job: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(job.get(name) for name in ("kind", "variant", "seed", "steps"))
+
+    def get(self, kind: str, variant: str, seed: int | None = None, steps: int | None = None) -> dict[str, Any] | None:
+        return self.found.get((kind, variant, seed, steps))
+
+    def run(self, kind: str, variant: str, seed: int | None = None, steps: int | None = None) -> dict[str, Any] | None:
+        """The job's result, kept or new; None where it failed, which a later run tries again."""
+        job = {"kind": kind, "variant": variant, "seed": seed, "steps": steps}
+        if self._key(job) in self.found:
+            return self.found[self._key(job)]
+        started = time.perf_counter()
+        try:
+            result = {**job, **subprocess_job("benchmarks.methods", {**self.settings, **job})}
+        except RuntimeError as error:
+            result = {**job, "failed": str(error)}
+        wall = result["wall_s"] = time.perf_counter() - started
+        with self.path.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        name = " ".join(str(x) for x in (variant, *(["seed", seed, "steps", steps] if steps else [kind])))
+        if "failed" in result:
+            print(f"{name}: FAILED after {wall:.0f} s: {result['failed'].splitlines()[-1]}", flush=True)
+            return None
+        self.found[self._key(job)] = result
+        metrics = result.get("metrics", {})
+        shown = [
+            f"{k} {metrics[k]:.4g}" for k in ("rouge_l", "forward_kl", "top1_agreement") if metrics.get(k) is not None
+        ]
+        print(f"{name}: {', '.join([*shown, f'{wall:.0f} s'])}", flush=True)
+        return result
+
+
+def wall_clock_plan(results: Results, args: argparse.Namespace) -> dict[str, Any] | None:
+    """{"seconds": W, "steps": {variant: steps that fit W}}, by the step times of equal steps, else of probes.
+
+    Written to plan.json, so that a run that goes on, or gains seeds, keeps to it. None without the first method's time.
+    """
+    path = results.path.with_name("plan.json")
+    plans = json.loads(path.read_text()) if path.is_file() else {}
+    name = f"{args.steps} steps, {f'{args.seconds:g} s' if args.seconds else f'time of {args.methods[0]}'}"
+    times = {}
+    for variant in args.methods:
+        if "steps" in args.budgets:
+            runs = [results.get("train", variant, seed, args.steps) for seed in range(args.seeds)]
+        else:
+            runs = [results.run("probe", variant, 0, PROBE_STEPS)]
+        taken = [run["step_s"] for run in runs if run is not None]
+        if taken:
+            times[variant] = statistics.fmean(taken)
+    if not args.seconds and args.methods[0] not in times:
+        return None
+    plan = plans.setdefault(name, {"seconds": args.seconds or times[args.methods[0]] * args.steps, "steps": {}})
+    for variant, seconds in times.items():
+        plan["steps"].setdefault(variant, max(1, round(plan["seconds"] / seconds)))
+    path.write_text(json.dumps(plans, indent=1))
+    return plan
+
+
+def estimate(results: Results, args: argparse.Namespace) -> float:
+    """Seconds that the jobs still missing will take, from probes and the baseline, which it runs. Prints them."""
+    start = results.run("baseline", "student")
+    if start is None:
+        raise SystemExit("the start could not be measured: see above")
+    overhead = start["wall_s"] + (args.curve_points - 1) * start["curve_s"]
+    total, reference = 0.0, args.seconds
+    for variant in args.methods:
+        probe = results.run("probe", variant, 0, PROBE_STEPS)
+        if probe is None:
+            continue
+        seconds = probe["step_s"]
+        reference = reference or seconds * args.steps
+        missing = [s for s in range(args.seeds) if results.get("train", variant, s, args.steps) is None]
+        steps_part = len(missing) * (args.steps * seconds + overhead) if "steps" in args.budgets else 0.0
+        timed = "time" in args.budgets and round(reference / seconds) != args.steps
+        time_part = args.seeds * (reference + overhead) if timed else 0.0
+        total += steps_part + time_part
+        print(f"{variant:<40}{seconds:>6.2f} s/step{steps_part / 60:>7.1f} min{time_part / 60:>7.1f} min")
+    print(f"about {total / 60:.0f} min, of which evaluating and loading take {overhead:.0f} s a job")
+    return total
+
+
+def aggregate(runs: list[dict[str, Any]]) -> dict[str, tuple[float, float | None]]:
+    """(mean, standard deviation over seeds) of each column; a single seed has no deviation."""
+    values = {name: [column(run) for run in runs] for name, (_, column, _) in COLUMNS.items()}
+    return {name: (statistics.fmean(x), statistics.stdev(x) if len(x) > 1 else None) for name, x in values.items()}
+
+
+def table(title: str, rows: dict[str, list[dict[str, Any]]], baselines: dict[str, dict[str, Any]]) -> str:
+    """Markdown; a row for each method, mean ± deviation over its seeds."""
+    with_deviation = ("rouge_l", "forward_kl", "reverse_kl", "top1_agreement", "ce")
+    lines = [
+        f"{title}\n",
+        "| " + " | ".join(["method", "seeds", *(t for t, _, _ in COLUMNS.values())]) + " |",
+        "|---|" + "---:|" * (len(COLUMNS) + 1),
+    ]
+    for name, result in baselines.items():
+        cells = [format(f(result), form) if k in with_deviation else "" for k, (_, f, form) in COLUMNS.items()]
+        lines.append("| " + " | ".join([f"*{name}*", "", *cells]) + " |")
+    for variant, runs in rows.items():
+        if not runs:
+            lines.append(f"| {variant} | 0 | failed |" + " |" * (len(COLUMNS) - 1))
+            continue
+        cells = []
+        for name, (mean, deviation) in aggregate(runs).items():
+            form = COLUMNS[name][2]
+            shown = name in with_deviation and deviation is not None
+            cells.append(f"{mean:{form}} ± {deviation:{form}}" if shown else f"{mean:{form}}")
+        lines.append("| " + " | ".join([variant, str(len(runs)), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def plot(tables: dict[str, dict[str, list[dict[str, Any]]]], start: dict[str, Any], path: Path) -> None:
+    """KL to the base teacher on the held-out subset over training time: mean over seeds, and their range."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(tables), 4.2), layout="constrained")
+    for i, (title, rows) in enumerate(tables.items()):
+        axes = figure.add_subplot(1, len(tables), i + 1)
+        for variant, runs in rows.items():
+            if not runs or not runs[0]["curve"]:
+                continue
+            curves = [start["curve"] + run["curve"] for run in runs]
+            seconds, kl = ([[point[j] for point in curve] for curve in curves] for j in (1, 2))
+            x = [statistics.fmean(column) for column in zip(*seconds, strict=True)]
+            columns = list(zip(*kl, strict=True))
+            (line,) = axes.plot(x, [statistics.fmean(c) for c in columns], marker="o", markersize=3, label=variant)
+            axes.fill_between(
+                x, [min(c) for c in columns], [max(c) for c in columns], color=line.get_color(), alpha=0.2
+            )
+        axes.set(title=title, xlabel="training time, s", ylabel="KL(base teacher ‖ student), nats per token")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--train-file", help="JSON lines")
+    add("--eval-file", help="JSON lines")
+    add("--output-dir", default="okd-output/methods", help="default: %(default)s")
+    add(
+        "--methods",
+        nargs="+",
+        default=list(DEFAULT_METHODS),
+        metavar="METHOD[:OPTION=VALUE,...]",
+        help="the first sets W",
+    )
+    add("--seeds", type=int, default=3, help="seeds 0, 1, ... of each method")
+    add("--steps", type=int, default=24, help="of equal steps")
+    add("--seconds", type=float, help="W; default: the time of the first method's steps")
+    add("--budgets", nargs="+", choices=("steps", "time"), default=["steps", "time"])
+    add("--teacher", default=SMOLLM2)
+    add("--student", help="default: layers of the teacher")
+    add("--student-layers", default="0-9,20-29")
+    add("--tune-teacher", type=int, default=0, metavar="STEPS")
+    add("--tune-student", type=int, default=0, metavar="STEPS")
+    add("--tune-student-method", choices=("forward_kd", "sft"), default="forward_kd")
+    add("--batch-size", type=int, default=4)
+    add("--max-length", type=int, default=256)
+    add("--learning-rate", type=float, default=2e-4)
+    add("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="of OKDConfig, for all methods and tuning")
+    add("--eval-examples", type=int, default=64, help="held-out examples of the tables")
+    add("--answers", type=int, default=32, help="of these, answered for ROUGE-L")
+    add("--answer-seeds", type=int, default=1, help="1: greedy; more: sampled answers of so many seeds")
+    add("--max-new-tokens", type=int, default=32)
+    add("--curve-examples", type=int, default=32, help="held-out examples of the curves")
+    add("--curve-points", type=int, default=3)
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dry-run", action="store_true", help="estimate the time, from a few steps of each method")
+    add("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if not args.job:
+        for name in ("train_file", "eval_file"):
+            if getattr(args, name) is None:
+                parser.error(f"expected --{name.replace('_', '-')} with JSON lines")
+        parse_options(args.set)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    if args.job:
+        job = json.loads(args.job)
+        print(json.dumps(JOBS[job["kind"]](job)))
+        return
+    absent = [variant for variant in args.methods if variant.partition(":")[0] not in METHODS]
+    for variant in absent:
+        print(f"skipped: {variant}, which is no method of this version")
+    args.methods = [variant for variant in args.methods if variant not in absent]
+    for variant in args.methods:
+        parse_variant(variant)
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    path = output / "settings.json"
+    if path.is_file() and json.loads(path.read_text()) != settings:
+        raise SystemExit(f"{path} holds other settings than these; pass another --output-dir, or the same options")
+    path.write_text(json.dumps(settings, indent=1))
+
+    results = Results({**settings, "output_dir": args.output_dir})
+    if not (output / "models").is_dir() and results.run("prepare", "models") is None:
+        raise SystemExit("the models could not be prepared: see above")
+    if args.dry_run:
+        estimate(results, args)
+        return
+    baselines = {name: results.run("baseline", name) for name in ("student", "teacher")}
+    tables: dict[str, dict[str, list[dict[str, Any]]]] = {}
+
+    def train_all(title: str, steps: dict[str, int]) -> None:
+        """Seed by seed, so that a run that is cut short has compared what it has."""
+        runs = [(v, results.run("train", v, seed, n)) for seed in range(args.seeds) for v, n in steps.items()]
+        tables[title] = {variant: [run for name, run in runs if name == variant and run] for variant in args.methods}
+
+    if "steps" in args.budgets:
+        train_all(f"Equal steps: {args.steps}", dict.fromkeys(args.methods, args.steps))
+    plan = wall_clock_plan(results, args) if "time" in args.budgets else None
+    if plan is not None:
+        fitting = {variant: plan["steps"][variant] for variant in args.methods if variant in plan["steps"]}
+        train_all(f"Equal training time: {plan['seconds']:.3g} s", fitting)
+    known = {name: result for name, result in baselines.items() if result is not None}
+    text = "\n\n".join(table(title, rows, known) for title, rows in tables.items())
+    print(f"\n{text}")
+    (output / "tables.md").write_text(text + "\n")
+    if "student" in known:
+        plot(tables, known["student"], output / "curves.png")
+    summary = {
+        **environment(args.device),
+        "arguments": {name: value for name, value in vars(args).items() if name != "job"},
+        "skipped": absent,
+        "baselines": baselines,
+        "tables": {
+            title: {v: {"mean_and_deviation": aggregate(r) if r else None, "runs": r} for v, r in rows.items()}
+            for title, rows in tables.items()
+        },
+    }
+    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"\n{output}/tables.md, curves.png, summary.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What a model answers: greedy or sampled responses in batches, and their score against references.
+
+A row is `{"id": str, "input_ids": list[int], "labels": list[int]}`, as `okd.data.encode` makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from okd.data import IGNORE
+from okd.models import evaluating
+
+Row = dict[str, Any]
+Item = TypeVar("Item")
+
+SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # answers that follow the model's own q
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Row],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    progress: bool = True,
+    **generation_kwargs: Any,
+) -> list[dict[str, str]]:
+    """`[{"id", "prompt", "reference", "answer"}]`: the model's greedy answers to the prompts of `rows`, in their order.
+
+    The prompt is everything before the first response, the reference that response; none has special tokens. Rows of
+    plain text, all response but for the first token, have no prompt and are left out. An answer ends at the tokenizer's
+    or the model's end-of-sequence token, or after `max_new_tokens`. `generation_kwargs` go to `model.generate`.
+    """
+
+    def text(ids: list[int]) -> str:
+        return tokenizer.batch_decode([ids], skip_special_tokens=True)[0]
+
+    asked: list[tuple[list[int], dict[str, str]]] = []
+    for row in rows:
+        prompt, reference = prompt_and_reference(row)
+        if len(prompt) > 1 and reference:
+            asked.append((prompt, {"id": row["id"], "prompt": text(prompt), "reference": text(reference)}))
+    ends = end_tokens(tokenizer, model)
+    responses = generate_responses(
+        model,
+        [prompt for prompt, _ in asked],
+        ends=ends,
+        pad_token_id=padding_token(tokenizer),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+        **generation_kwargs,
+    )
+    for (_, answer), response in zip(asked, responses, strict=True):
+        answer["answer"] = text(response[:-1] if response[-1:] and response[-1] in ends else response)
+    return [answer for _, answer in asked]
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel) -> set[int]:
+    """The ids that end a response: the tokenizer's, and the models' own lists, which may be longer in chat models."""
+    ends = {tokenizer.eos_token_id}
+    for model in models:
+        own = model.generation_config.eos_token_id
+        ends |= set(own if isinstance(own, list) else [own])
+    return ends - {None}
+
+
+def generate_responses(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    *,
+    ends: set[int],
+    pad_token_id: int,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: bool = True,
+    **generation_kwargs: Any,
+) -> list[list[int]]:
+    """The model's greedy response to each prompt, in their order, with the token out of `ends` that ended it."""
+    # greedy whatever generation_config.json says: Qwen's, say, samples under a repetition penalty
+    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
+    options |= {"pad_token_id": pad_token_id, "eos_token_id": sorted(ends) or None, **generation_kwargs}
+    responses: list[list[int]] = [[] for _ in prompts]
+    with evaluating(model):
+        for batch in batches(list(enumerate(prompts)), lambda item: len(item[1]), batch_size, "answers", progress):
+            width = len(batch[0][1])  # the longest comes first
+            # left-padded by hand, as tokenizer.padding_side is the caller's
+            padding = [width - len(prompt) for _, prompt in batch]
+            input_ids = [[pad_token_id] * n + prompt for n, (_, prompt) in zip(padding, batch, strict=True)]
+            attention_mask = [[0] * n + [1] * (width - n) for n in padding]
+            output = model.generate(  # type: ignore[operator]  # of GenerationMixin, not of PreTrainedModel
+                input_ids=torch.tensor(input_ids, device=model.device),
+                attention_mask=torch.tensor(attention_mask, device=model.device),
+                # not max_new_tokens, beside which transformers warns of a max_length in generation_config.json
+                max_length=width + max_new_tokens,
+                max_new_tokens=None,
+                **options,
+            )
+            for (index, _), tokens in zip(batch, output[:, width:].tolist(), strict=True):
+                end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+                responses[index] = tokens[: end + 1]
+    return responses
+
+
+def rouge_l(answers: Sequence[dict[str, str]]) -> float:
+    """100 * mean F1 of the longest common subsequence of stemmed words of "answer" and "reference" (Lin 2004).
+
+    Computed by `rouge_score`, whose words are of a-z and 0-9: text in other scripts scores 0.
+    """
+    if not answers:
+        raise ValueError("expected at least one answer, got none; generate for rows that have a prompt")
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ImportError("expected the package rouge_score, got none; pip install rouge-score") from error
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scores = [scorer.score(answer["reference"], answer["answer"])["rougeL"].fmeasure for answer in answers]
+    return 100 * sum(scores) / len(scores)
+
+
+@contextmanager
+def seeded(seed: int, model: PreTrainedModel) -> Iterator[None]:
+    """The random numbers of `seed`; afterwards the caller's go on as if nothing had been drawn."""
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def batches(
+    items: Sequence[Item], length: Callable[[Item], int], batch_size: int, description: str, progress: bool
+) -> Iterator[list[Item]]:
+    """Batches of like lengths, to waste little padding; the longest first, to run out of memory at once or never."""
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size >= 1, got {batch_size}; 8 is the default")
+    ordered = sorted(items, key=length, reverse=True)
+    for start in tqdm(range(0, len(ordered), batch_size), description, leave=False, disable=not progress):
+        yield ordered[start : start + batch_size]
+
+
+def prompt_and_reference(row: Row) -> tuple[list[int], list[int]]:
+    """The ids before the first response, and the ids of that response."""
+    ids, labels = row["input_ids"], row["labels"]
+    start = next((i for i, label in enumerate(labels) if label != IGNORE), len(ids))
+    end = next((i for i in range(start, len(ids)) if labels[i] == IGNORE), len(ids))
+    return ids[:start], ids[start:end]
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The pad token, or else any: the attention mask hides it."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

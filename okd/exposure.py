@@ -1,0 +1,97 @@
+"""Exposure bias: how much more does the student err after its own words than after its teacher's?
+
+A student that learned on given prefixes meets its own when it answers, and errors there add up. The excess accumulated
+error compares the two (Arora et al. 2022, arXiv 2204.01171; reported by MiniLLM and by OKD, arXiv 2409.12512).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from okd.answers import SAMPLED, Row, end_tokens, generate_responses, padding_token, prompt_and_reference, seeded
+from okd.data import IGNORE
+from okd.evaluate import STATISTICS, token_statistics
+from okd.models import base_teacher
+from okd_kernels import LinearHead
+
+
+def exposure_bias(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    prompts: int | None = None,
+    max_new_tokens: int = 64,
+    lengths: Sequence[int] | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> dict[str, float | None]:
+    """`exaccerr_l` in percent, for each l of `lengths` (default: a quarter, a half and all of `max_new_tokens`):
+
+        ExAccErr(l) = (R(l) - l e(l)) / (l e(l)) * 100
+        R(l)   = sum_{t<=l} E_{y_<t ~ q} KL(p(. | y_<t) || q(. | y_<t))      prefixes that the student q samples
+        l e(l) = the same sum with y_<t ~ p                                  prefixes that the teacher p samples
+
+    0: the student is as good after its own words as after its teacher's. p is the *unadapted* teacher. Each model
+    samples one response (T = 1) to each of the first `prompts` of `rows`, None: all; the expectation over the next
+    token is the exact KL, no sample. A sequence that has ended adds nothing to either sum, as after its end p and q
+    agree on what follows. So a sum depends on lengths too: `student_steps` and `teacher_steps` are the mean numbers of
+    steps until the end, at most `max_new_tokens`. None where the teacher's prefixes find no error at all.
+
+    Raises ValueError for rows without a prompt, for lengths outside 1 .. max_new_tokens, and if the two are one model.
+    """
+    lengths = sorted({max(1, max_new_tokens * k // 4) for k in (1, 2, 4)}) if lengths is None else lengths
+    if not lengths or not 1 <= min(lengths) <= max(lengths) <= max_new_tokens:
+        raise ValueError(f"expected lengths between 1 and max_new_tokens, {max_new_tokens}; got {list(lengths)}")
+    asked = [prompt for prompt, reference in map(prompt_and_reference, rows) if len(prompt) > 1 and reference][:prompts]
+    if not asked:
+        raise ValueError("expected a row with a prompt, got none; pass rows that are not all plain text")
+    heads = [len(LinearHead.from_model(model).weight) for model in (student, teacher)]
+    options: dict[str, Any] = {
+        "pad_token_id": padding_token(tokenizer),
+        "batch_size": batch_size,
+        "progress": progress,
+    }
+
+    def responses(writer: Any, size: int) -> list[list[int]]:
+        with seeded(seed, student):
+            return generate_responses(
+                writer,
+                asked,
+                ends=end_tokens(tokenizer, student, teacher),
+                max_new_tokens=max_new_tokens,
+                suppress_tokens=list(range(min(heads), size)) or None,  # padding of one head, unknown to the other
+                **{**options, **SAMPLED},
+            )
+
+    def errors(written: list[list[int]]) -> torch.Tensor:
+        """(max_new_tokens,) mean KL of each step after these prefixes."""
+        total = torch.zeros(max_new_tokens, dtype=torch.float64)
+        sequences = [
+            {"id": "", "input_ids": prompt + response, "labels": [IGNORE] * len(prompt) + response}
+            for prompt, response in zip(asked, written, strict=True)
+        ]
+        for statistics in token_statistics(student, teacher, sequences, **options):
+            total[: statistics.shape[1]] += statistics[STATISTICS.index("forward_kl")]
+        return total / len(asked)
+
+    by_student = responses(student, heads[0])
+    with base_teacher(teacher):
+        # the base model itself, as PEFT's `generate` would go on to insert a prompt or a prefix that is switched off
+        base: Any = teacher.get_base_model() if hasattr(teacher, "get_base_model") else teacher  # type: ignore[operator]
+        by_teacher = responses(base, heads[1])
+    own, given = errors(by_student), errors(by_teacher)
+    metrics: dict[str, float | None] = {
+        "student_steps": sum(map(len, by_student)) / len(asked),
+        "teacher_steps": sum(map(len, by_teacher)) / len(asked),
+    }
+    for length in lengths:
+        expected = given[:length].sum().item()
+        metrics[f"exaccerr_{length}"] = 100 * (own[:length].sum().item() / expected - 1) if expected else None
+    return metrics
