@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import islice, takewhile
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd.data import IGNORE, Collator
-from okd.models import base_teacher, hidden_states
+from okd.models import base_teacher, evaluating, hidden_states
 from okd_kernels import LinearHead, linear_distillation_loss
 
 Row = dict[str, Any]
@@ -88,7 +88,7 @@ def divergence_metrics(
         raise ValueError("expected a row with a response token, got none; pass rows whose labels are not all -100")
     collate = Collator(pad_token_id)
     totals, tokens = torch.zeros(len(STATISTICS), dtype=torch.float64), 0
-    with _evaluating(student, teacher), nullcontext() if teacher is None else base_teacher(teacher):
+    with evaluating(student, teacher), nullcontext() if teacher is None else base_teacher(teacher):
         student_head = _head(student, "student", rows)
         # without a teacher the student stands in for it, so that its perplexity takes one forward
         teacher_head = student_head if teacher is None else _head(teacher, "teacher", rows)
@@ -145,7 +145,7 @@ def generate_answers(
     # greedy whatever generation_config.json says: Qwen's, say, samples under a repetition penalty
     options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
     options |= {"pad_token_id": pad_token_id, "eos_token_id": sorted(ends) or None, **generation_kwargs}
-    with _evaluating(model):
+    with evaluating(model):
         for batch in _batches(asked, lambda item: len(item[0]), batch_size, "answers", progress):
             width = len(batch[0][0])  # the longest comes first
             # left-padded by hand, as tokenizer.padding_side is the caller's
@@ -179,27 +179,6 @@ def rouge_l(answers: Sequence[dict[str, str]]) -> float:
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     scores = [scorer.score(answer["reference"], answer["answer"])["rougeL"].fmeasure for answer in answers]
     return 100 * sum(scores) / len(scores)
-
-
-@contextmanager
-def _evaluating(*models: PreTrainedModel | None) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every `training` and `requires_grad` flag is as it was.
-
-    Flag by flag, because a frozen part may be in another mode than its parent, and because leaving PEFT's
-    `disable_adapter` makes frozen adapters trainable. Not `inference_mode`: modules may cache tensors made inside.
-    """
-    modules = [(module, module.training) for model in models if model is not None for module in model.modules()]
-    parameters = [(p, p.requires_grad) for model in models if model is not None for p in model.parameters()]
-    try:
-        for module, _ in modules:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modules:
-            module.training = training
-        for parameter, requires_grad in parameters:
-            parameter.requires_grad_(requires_grad)
 
 
 def _head(model: PreTrainedModel, name: str, rows: Iterable[Row]) -> LinearHead:

@@ -173,6 +173,27 @@ def base_teacher(teacher: Any) -> Iterator[None]:
         parameter.requires_grad_(requires_grad)
 
 
+@contextmanager
+def evaluating(*models: nn.Module | None) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every `training` and `requires_grad` flag is as it was.
+
+    Flag by flag, because a frozen part may be in another mode than its parent, and because leaving PEFT's
+    `disable_adapter` makes frozen adapters trainable. Not `inference_mode`: modules may cache tensors made inside.
+    """
+    modules = [(module, module.training) for model in models if model is not None for module in model.modules()]
+    parameters = [(p, p.requires_grad) for model in models if model is not None for p in model.parameters()]
+    try:
+        for module, _ in modules:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modules:
+            module.training = training
+        for parameter, requires_grad in parameters:
+            parameter.requires_grad_(requires_grad)
+
+
 def adapter_names(teacher: nn.Module) -> set[str]:
     """Names of the parameters that belong to a PEFT adapter rather than to the base model."""
     if not hasattr(teacher, "peft_config"):
@@ -184,9 +205,13 @@ def adapter_names(teacher: nn.Module) -> set[str]:
 def hidden_states(
     model: Any,
     input_ids: Tensor,  # (B, T)
-    attention_mask: Tensor,  # (B, T)
+    attention_mask: Tensor,  # (B, T); with a cache, of its columns too
+    **options: Any,
 ) -> Tensor:
-    """The hidden states (B, T, D) that the head projects, without projecting them. Active adapters take part."""
+    """The hidden states (B, T, D) that the head projects, without projecting them. Active adapters take part.
+
+    `options` go to the decoder: a KV cache, positions.
+    """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         # A prefix or a prompt is put in by PEFT's own forward; it keeps one row of logits, and comes before the tokens.
         output = model(
@@ -198,7 +223,8 @@ def hidden_states(
         )
         return output.hidden_states[-1][:, -input_ids.shape[1] :]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    options = {"use_cache": False, **options}
+    return base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
 
 
 def check_head(model: Any, name: str) -> None:
