@@ -11,7 +11,7 @@ Shapes: B rows; W columns, the tokens of the longest row so far; g tokens drafte
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +129,7 @@ def write(
     prompts: Sequence[Sequence[int]],  # at least two tokens each
     limits: Sequence[int],  # longest response to each, in tokens, at least one
     *,
-    ends: Sequence[int],
+    ends: Collection[int],
     vocab_size: int,
     generator: torch.Generator,  # of the CPU
     draw: Draw,
@@ -164,7 +164,7 @@ def write(
     last_position = max(size + limit for size, limit in zip(sizes, limits, strict=True)) - 1
     uniforms = torch.rand(2, count, remaining, generator=generator).to(device)
     lengths, limit = torch.tensor([sizes, limits], device=device)
-    end_tokens = torch.tensor(sorted(ends), device=device)
+    end_tokens = torch.tensor(sorted(ends), dtype=torch.long, device=device)
     tokens = torch.tensor([[*[0] * (width - len(p)), *p] for p in prompts], device=device)
     mask = torch.arange(width, device=device) >= width - lengths[:, None]
     for decoder in decoders:
