@@ -62,6 +62,37 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "okd": Method(
             "online KD (arXiv 2409.12512): the teacher's online module trains too", "forward_kl", online=True
         ),
+        "seqkd": Method(
+            "cross-entropy of responses that the teacher writes (arXiv 1606.07947)",
+            None,
+            1.0,
+            loss="cross_entropy",
+            sequences="teacher",
+        ),
+        "imitkd": Method(
+            "KL(teacher || student), half of the batches student-written (arXiv 2009.07253)",
+            "forward_kl",
+            sequences="student",
+            student_share=0.5,
+        ),
+        "gkd": Method(
+            "generalised JSD, half of the batches student-written (arXiv 2306.13649)",
+            "jsd",
+            parameters={"beta": 0.5},
+            sequences="student",
+            student_share=0.5,
+        ),
+        "skd": Method(
+            "KL(teacher || student) on the student's drafts, mended by the teacher (arXiv 2410.11325)",
+            "forward_kl",
+            sequences="interleaved",
+        ),
+        "distillm": Method(
+            "skew reverse KL, ever more student-written and replayed batches (arXiv 2402.03898)",
+            "skew_reverse_kl",
+            parameters={"alpha": 0.1},
+            sequences="replay",
+        ),
     }
 )
 
@@ -100,6 +131,19 @@ class OKDConfig(TrainingArguments):
         None, "render examples with the tokenizer's chat template; default: if it has one"
     )
 
+    # responses that are not the dataset's
+    student_share: float | None = option(None, "share of batches that the student writes, in place of the preset's")
+    max_new_tokens: int = option(128, "longest sampled response, in tokens; with its prompt, at most max_length")
+    sampling_temperature: float = option(1.0, "temperature of sampled responses")
+    sampling_top_p: float = option(1.0, "nucleus of sampled responses")
+    sampling_top_k: int = option(0, "sample out of so many likeliest tokens; 0: out of all")
+    skd_gamma: int = option(5, "skd: tokens that the student drafts in a round")
+    skd_top_k: int = option(25, "skd: the teacher replaces a draft that is not among its so many likeliest tokens")
+    skd_student_temperature: float = option(0.5, "skd: temperature of the student's drafts")
+    skd_teacher_temperature: float = option(0.2, "skd: temperature of the teacher's replacements")
+    skd_top_p: float = option(0.5, "skd: nucleus of both")
+    replay_size: int = option(1000, "distillm: student-written rows that are kept for replay, on each process")
+
     # transformers' options whose defaults differ here
     learning_rate: float = option(2e-4, "peak learning rate of the student")
     lr_scheduler_type: str = option("linear", "schedule of the learning rates")
@@ -125,11 +169,27 @@ class OKDConfig(TrainingArguments):
             raise ValueError(f"expected teacher_kl_weight between 0 and 1; got {self.teacher_kl_weight}")
         if not 0 < self.online_layers <= 1:
             raise ValueError(f"expected online_layers in (0, 1], a share of the layers; got {self.online_layers}")
-        for name in ("online_rank", "online_virtual_tokens", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} of at least 1; got {getattr(self, name)}")
+        for name, least in (
+            *(("online_rank", 1), ("online_virtual_tokens", 1), ("max_length", 1), ("max_new_tokens", 1)),
+            *(("sampling_top_k", 0), ("skd_gamma", 1), ("skd_top_k", 0), ("replay_size", 1)),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"expected {name} of at least {least}; got {getattr(self, name)}")
         if not self.temperature > 0:
             raise ValueError(f"expected a temperature > 0; got {self.temperature}")
+        for name in ("sampling_temperature", "skd_student_temperature", "skd_teacher_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"expected {name} > 0; got {getattr(self, name)}: a small one is greedy")
+        for name in ("sampling_top_p", "skd_top_p"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"expected {name} in (0, 1]; got {getattr(self, name)}: 1 cuts nothing")
+        if self.student_share is not None and self.preset.sequences != "student":
+            raise ValueError(
+                f"expected student_share with a method whose student writes some batches, such as gkd; got it with "
+                f"{self.method}: leave it out"
+            )
+        if self.student_share is not None and not 0 <= self.student_share <= 1:
+            raise ValueError(f"expected student_share between 0 and 1; got {self.student_share}")
         if self.online_teacher and (self.preset.divergence is None or self.preset.selection is not None):
             raise ValueError(
                 f"expected online_teacher with a method that distils from one teacher; got {self.method}: leave it out"

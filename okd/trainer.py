@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from okd.config import OKDConfig
@@ -116,6 +117,11 @@ class OKDTrainer(Trainer):
     # --- the step ---
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.preset.sequences != "dataset" and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                f"expected whole models on each process with method {self.args.method}, which samples responses of "
+                "unequal lengths; got sharded ones, which would wait for one another for ever: use DDP"
+            )
         self._logged_at = time.perf_counter()
         return super().train(*args, **kwargs)
 
@@ -124,7 +130,8 @@ class OKDTrainer(Trainer):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.pair.progress = self.state.global_step / max(1, self.state.max_steps)
         if self.args.preset.sequences != "dataset" and batches:
-            batches = self.sampler(batches, self.state.global_step)
+            with self.compute_loss_context_manager():  # autocast, as in the step
+                batches = self.sampler(batches, self.state.global_step)
             count = self._get_num_items_in_batch(batches, device)
         return batches, count
 

@@ -27,13 +27,14 @@ def config(tmp_path, **options):
         "disable_tqdm": True,
         "use_cpu": True,
         "learning_rate": 1e-2,
+        "max_new_tokens": 8,
     }
     return OKDConfig(**{**defaults, **options})
 
 
 def trainer(tmp_path, student=None, teacher=None, **options):
     args = config(tmp_path, **options)
-    if teacher is None and args.preset.divergence:
+    if teacher is None and args.preset.needs_teacher:
         teacher = tiny.llama(seed=1, layers=3, hidden=48)
     return OKDTrainer(
         student or tiny.llama(),

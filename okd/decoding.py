@@ -1,0 +1,221 @@
+"""Responses written token by token: by one model, or drafted by a student under its teacher's eye (SKD).
+
+One uniform number belongs to each token of each row, and one more to the teacher's replacement of it. So a response is
+a function of its prompt and its numbers alone: not of the batch it is in, not of how many tokens are drafted at a time,
+and not of the device beyond its rounding. That makes speculation exact: a draft that was dropped is drawn again, in
+another context, from the same number, as it would have been by drawing one token after the other.
+
+Shapes: B rows; W columns, the tokens of the longest row so far; g tokens drafted in a round; V the vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from okd.models import hidden_states
+from okd_kernels import LinearHead
+
+ROUND = 4  # tokens that one model writes before the host asks whether all rows have ended
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a token is drawn: softmax(logits / temperature), cut to the top_k likeliest, then to the nucleus of top_p.
+
+    The nucleus is the fewest likeliest tokens whose probabilities reach top_p together (arXiv 1904.09751); top_k=0 and
+    top_p=1 cut nothing.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __call__(
+        self,
+        logits: Tensor,  # (B, V)
+        uniform: Tensor,  # (B,) in [0, 1)
+    ) -> Tensor:  # (B,)
+        """The first token whose cumulative probability exceeds `uniform`; where there is a cut, likeliest first."""
+        logits = logits.float() / self.temperature
+        last: Any = logits.shape[-1] - 1
+        if self.top_p == 1 and not self.top_k:
+            cumulative, order = logits.softmax(-1).cumsum(-1), None
+        else:
+            logits, order = logits.topk(min(self.top_k, last + 1)) if self.top_k else logits.sort(descending=True)
+            probabilities = logits.softmax(-1)
+            cumulative = probabilities.cumsum(-1)
+            kept = cumulative - probabilities < self.top_p  # a prefix
+            last = kept.sum(-1) - 1
+            cumulative = cumulative.where(kept, cumulative.gather(-1, last.unsqueeze(-1)))
+        threshold = uniform.unsqueeze(-1) * cumulative[..., -1:]
+        chosen = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+        chosen = chosen.clamp(max=last)  # where rounding took the threshold to the total itself
+        return chosen if order is None else order.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+
+
+class Decoder:
+    """A model and its KV cache. Rows are padded on the left, so that all of them end in the same column.
+
+    Args:
+        vocab_size: columns of the logits that may be drawn; the rest is padding of the head.
+        rollback: `keep` will be called. The cache then holds every token in every layer, sliding windows included.
+
+    Raises ValueError for a model with a prefix or a prompt, which PEFT puts in without regard to the cache.
+    """
+
+    def __init__(self, model: Any, vocab_size: int, rollback: bool = False):
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                f"expected a model without a prompt of virtual tokens to write or to judge responses; got one with "
+                f"{type(model.active_peft_config).__name__}: use a LoRA (online_module=lora) with this method"
+            )
+        self.model, self.vocab_size = model, vocab_size
+        self.head = LinearHead.from_model(model)
+        self.cache = DynamicCache() if rollback else DynamicCache(config=model.config)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        parameters = inspect.signature(base.get_decoder().forward).parameters
+        self.keyword = "cache" if "cache" in parameters else "past_key_values"  # transformers 5.24 renamed it
+
+    def feed(
+        self,
+        tokens: Tensor,  # (B, n), the next of each row
+        mask: Tensor,  # (B, W) bool, of all columns: those in the cache, and these n
+        last_position: int | None = None,
+    ) -> Tensor:  # (B, n, D)
+        """Hidden states of these tokens. Positions count a row's own tokens; `last_position` bounds them."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0, max=last_position)[:, -tokens.shape[1] :]
+        options = {"position_ids": positions, "use_cache": True, self.keyword: self.cache}
+        return hidden_states(self.model, tokens, mask.long(), **options)
+
+    def logits(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
+        return self.head.logits(hidden)[..., : self.vocab_size]
+
+    def keep(
+        self,
+        columns: Tensor,  # (B, W)
+    ) -> None:
+        """Go on from a cache made of these columns of the old one, which differ from row to row."""
+        index = columns[:, None, :, None]
+        layer: Any
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys.take_along_dim(index, 2), layer.values.take_along_dim(index, 2)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Responses, and what it took.
+
+    Attributes:
+        responses: of each row; an end-of-sequence token is the last one, unless `limits` cut the row.
+        tokens: of all responses.
+        accepted: those that the model drafted; its teacher sampled the rest.
+    """
+
+    responses: list[list[int]]
+    tokens: int
+    accepted: int
+
+
+@torch.no_grad()
+def write(
+    model: Any,
+    prompts: Sequence[Sequence[int]],  # at least two tokens each
+    limits: Sequence[int],  # longest response to each, in tokens, at least one
+    *,
+    ends: Collection[int],
+    vocab_size: int,
+    generator: torch.Generator,  # of the CPU
+    draw: Draw,
+    teacher: Any | None = None,
+    teacher_draw: Draw = Draw(),
+    gamma: int = ROUND,
+    top_k: int = 0,
+) -> Written:
+    """Responses that `model` samples; with a teacher, by SKD's interleaved sampling (arXiv 2410.11325, Alg. 1).
+
+    The model drafts gamma tokens, the teacher scores them in one forward. The first that is not among the teacher's
+    `top_k` likeliest (a tie is) is replaced by a sample of the teacher, and the drafts after it are dropped. There is
+    no bonus token after gamma accepted ones. `top_k=0` accepts nothing: the teacher writes; `top_k=V` everything.
+
+    Rows of a batch accept different numbers of tokens. Both caches hold each row but for its last token, which opens
+    the next round in both models: so every round feeds g tokens of every row to both, whatever was accepted. Then each
+    row moves to the right in the caches by its dropped drafts. Again all rows end in one column and all padding is on
+    the left, as every attention of transformers takes it; holes under the mask would fill the cache, and sliding
+    windows would count them. The copy costs what appending one token to a `DynamicCache` does.
+
+    Models should be in evaluation mode. The host waits once a round.
+    """
+    device, count = next(model.parameters()).device, len(prompts)
+    decoders = [Decoder(m, vocab_size, rollback=teacher is not None) for m in (model, teacher) if m is not None]
+    sizes = [len(prompt) for prompt in prompts]
+    if min(sizes) < 2 or min(limits) < 1:
+        raise ValueError(
+            f"expected prompts of at least two tokens and limits of at least one; got {min(sizes)} and {min(limits)}: "
+            "leave such rows out"
+        )
+    width, remaining = max(sizes), max(limits)
+    last_position = max(size + limit for size, limit in zip(sizes, limits, strict=True)) - 1
+    uniforms = torch.rand(2, count, remaining, generator=generator).to(device)
+    lengths, limit = torch.tensor([sizes, limits], device=device)
+    end_tokens = torch.tensor(sorted(ends), dtype=torch.long, device=device)
+    tokens = torch.tensor([[*[0] * (width - len(p)), *p] for p in prompts], device=device)
+    mask = torch.arange(width, device=device) >= width - lengths[:, None]
+    for decoder in decoders:
+        decoder.feed(tokens[:, :-1], mask[:, :-1])
+
+    last = tokens[:, -1:]  # (B, 1), in no cache yet
+    responses = tokens.new_zeros(count, remaining + gamma)
+    written = tokens.new_zeros(count)  # (B,) tokens of the response so far
+    accepted = tokens.new_zeros(count)  # (B,) of which are the student's
+    running = torch.ones(count, dtype=torch.bool, device=device)
+    while remaining:
+        g = min(gamma, remaining)
+        step = torch.arange(g, device=device)
+        at = written[:, None] + step  # (B, g) places in the response
+        own, theirs = uniforms.gather(2, at.clamp(max=uniforms.shape[2] - 1).expand(2, -1, -1))
+
+        grown = nn.functional.pad(mask, (0, g), value=True)  # the columns of this round's tokens
+        drafts = [last]
+        for i in range(g):
+            hidden = decoders[0].feed(drafts[-1], grown[:, : mask.shape[1] + i], last_position)
+            drafts.append(draw(decoders[0].logits(hidden[:, -1]), own[:, i])[:, None])
+        draft = torch.cat(drafts[1:], 1)  # (B, g)
+
+        students = torch.ones_like(draft, dtype=torch.bool)  # drafted by the student, and not replaced
+        if teacher is not None:
+            hidden = decoders[1].feed(torch.cat(drafts[:-1], 1), grown[:, :-1], last_position)
+            logits = decoders[1].logits(hidden)  # (B, g, V)
+            better = (logits > logits.gather(2, draft[:, :, None])).sum(2)
+            students = (better < top_k).cumprod(1).bool()
+            first = students.sum(1).clamp(max=g - 1)[:, None]  # (B, 1) where a replacement goes, if any
+            sample = teacher_draw(logits.take_along_dim(first[:, :, None], 1)[:, 0], theirs.gather(1, first)[:, 0])
+            draft = torch.where(~students & (step == first), sample[:, None], draft)
+
+        ending = torch.isin(draft, end_tokens)
+        kept = running[:, None] & (step <= students.sum(1, keepdim=True))  # a prefix of the round
+        kept &= (ending.cumsum(1) - ending.long() == 0) & (at < limit[:, None])
+        responses.scatter_(1, at, draft)
+        added = kept.sum(1)
+        written = written + added
+        accepted = accepted + (kept & students).sum(1)
+        running = running & ~(kept & ending).any(1) & (written < limit)
+        width, remaining = torch.stack([(lengths + written).max(), ((limit - written) * running).max()]).tolist()
+
+        if teacher is None:  # rows that have ended write on, past what counts
+            mask, last = grown, draft[:, -1:]
+        elif remaining:
+            columns = torch.arange(width, device=device) - width + mask.shape[1] + added[:, None]
+            mask = grown.gather(1, columns.clamp(min=0)) & (columns >= 0)
+            last = torch.cat([last, draft], 1).gather(1, added[:, None])
+            for decoder in decoders:
+                decoder.keep(columns[:, :-1].clamp(min=0))
+
+    rows = [row[:n] for row, n in zip(responses.tolist(), written.tolist(), strict=True)]
+    return Written(rows, sum(map(len, rows)), int(accepted.sum()))
