@@ -183,22 +183,18 @@ def adapter_names(teacher: nn.Module) -> set[str]:
 
 def hidden_states(
     model: Any,
-    input_ids: Tensor,  # (B, T)
+    input_ids: Tensor | None,  # (B, T)
     attention_mask: Tensor,  # (B, T)
+    inputs_embeds: Tensor | None = None,  # (B, T, D), in place of input_ids
 ) -> Tensor:
     """The hidden states (B, T, D) that the head projects, without projecting them. Active adapters take part."""
+    inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         # A prefix or a prompt is put in by PEFT's own forward; it keeps one row of logits, and comes before the tokens.
-        output = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            output_hidden_states=True,
-            logits_to_keep=1,
-            use_cache=False,
-        )
-        return output.hidden_states[-1][:, -input_ids.shape[1] :]
+        output = model(**inputs, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+        return output.hidden_states[-1][:, -attention_mask.shape[1] :]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return base.get_decoder()(**inputs, use_cache=False).last_hidden_state
 
 
 def check_head(model: Any, name: str) -> None:

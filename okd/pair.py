@@ -56,13 +56,14 @@ class StudentTeacher(nn.Module):
 
     def distil(
         self,
-        student: Tensor,  # (N, D_s) hidden states
-        teacher: Tensor,  # (N, D_t)
+        student_hidden: Tensor,  # (N, D_s)
+        teacher_hidden: Tensor,  # (N, D_t)
         targets: Tensor,  # (N,)
         normalizer: Tensor | float | None = None,
+        teacher_head: LinearHead | None = None,
         **options: Any,
     ) -> DistillationLoss:
-        """`linear_distillation_loss` with this pair's heads, objectives and options, or `options` in their place."""
+        """`linear_distillation_loss` with this pair's heads, objectives and options, or others in their place."""
         defaults = {
             "student": self.student_objective,
             "teacher": self.teacher_objective,
@@ -70,10 +71,10 @@ class StudentTeacher(nn.Module):
             "vocab_size": self.args.vocab_size,
         }
         return linear_distillation_loss(
-            student,
+            student_hidden,
             LinearHead.from_model(self.student),
-            teacher,
-            LinearHead.from_model(self.teacher),
+            teacher_hidden,
+            LinearHead.from_model(self.teacher) if teacher_head is None else teacher_head,
             targets,
             normalizer=normalizer,
             **{**defaults, **options},

@@ -292,10 +292,13 @@ def test_metrics_are_their_definitions(backend):
         )
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if not name.endswith("_detached")])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_reference_finite_differences(side, name):
-    """Central differences in fp64 of the learner's loss, along random directions of hidden, weight and bias."""
+    """Central differences in fp64 of the learner's loss, along random directions of hidden, weight and bias.
+
+    The slope of a divergence that holds a part of its learner still is no derivative of its value, on purpose.
+    """
     problem = Problem(v=11, n=3, ignored=(1,), dtype=torch.float64)
     problem.head_options = ({"softcap": 9.0}, {"softcap": 7.0, "logit_scale": 0.8})
     options = {s: Objective(name, ce_weight=0.3) for s in ("student", "teacher")}
