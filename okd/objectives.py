@@ -89,8 +89,8 @@ def _mixed_logits(
 ) -> tuple[Tensor, LinearHead]:
     """Hidden states and head whose logits are the weighted sum of those of the sides, held still.
 
-    A sum of linear heads is a linear head over their columns side by side. Its weight is a copy of both heads that lives
-    while the loss is computed; mixed logits would take more from (D_s + D_t) / 2 tokens on (16-bit heads, fp32 logits).
+    A sum of linear heads is a linear head over their columns side by side. Its weight is a copy of both heads, for as
+    long as the loss is computed; the mixed logits would take more from (D_s + D_t) / 2 tokens on (16-bit heads).
 
     Raises:
         ValueError: a softcap, after which logits are not linear; or heads of two sizes without `vocab_size`.
