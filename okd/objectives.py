@@ -60,18 +60,16 @@ def taid(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Distilla
     """
     t = TAID_START + (1 - TAID_START) * pair.progress
     student, teacher, targets = pair.student_rows(batch), pair.teacher_rows(batch), batch["targets"]
-    heads = LinearHead.from_model(pair.student), LinearHead.from_model(pair.teacher)
-    mixed, head = _mixed_logits(((1 - t, student, heads[0]), (t, teacher, heads[1])), pair.args.vocab_size)
-    loss = pair.distil(student, mixed, targets, normalizer, teacher_head=head, teacher=None)
+    loss = pair.distil(student, teacher, targets, normalizer, teacher=None, teacher_share=t)
     shares = torch.full_like(loss.metrics["forward_kl"], t)
     metrics = {"student_nll": loss.metrics["student_nll"], "target_kl": loss.metrics["forward_kl"], "target_t": shares}
     if pair.teacher_objective is None:
         return DistillationLoss(loss.student, None, metrics)
     reverse = linear_distillation_loss(  # the teacher in the learner's place, the student in the target's
         teacher,
-        heads[1],
+        LinearHead.from_model(pair.teacher),
         student,
-        heads[0],
+        LinearHead.from_model(pair.student),
         targets,
         student=pair.teacher_objective,
         temperature=pair.args.temperature,
@@ -80,43 +78,6 @@ def taid(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Distilla
     )
     metrics |= {"forward_kl": reverse.metrics["reverse_kl"], "top1_agreement": reverse.metrics["top1_agreement"]}
     return DistillationLoss(loss.student, reverse.student, metrics)
-
-
-@torch.no_grad()
-def _mixed_logits(
-    sides: tuple[tuple[float, Tensor, LinearHead], ...],  # share, hidden states (N, D), head
-    vocab_size: int | None,
-) -> tuple[Tensor, LinearHead]:
-    """Hidden states and head whose logits are the weighted sum of those of the sides, held still.
-
-    A sum of linear heads is a linear head over their columns side by side. Its weight is a copy of both heads, for as
-    long as the loss is computed; the mixed logits would take more from (D_s + D_t) / 2 tokens on (16-bit heads).
-
-    Raises:
-        ValueError: a softcap, after which logits are not linear; or heads of two sizes without `vocab_size`.
-    """
-    columns, weights, bias = [], [], None
-    for share, hidden, head in sides:
-        if head.softcap is not None:
-            raise ValueError(
-                f"expected heads without a softcap for taid, which adds up their logits; got {head.softcap}: use "
-                "another method, or, if the model allows, set final_logit_softcapping to None in its config"
-            )
-        scale = share * head.logit_scale
-        for rows, weight in ((hidden, head.weight), head.low_rank(hidden)):
-            if rows is not None and weight is not None:
-                columns.append(scale * rows)
-                weights.append(weight[:vocab_size])
-        if head.bias is not None:
-            bias = scale * head.bias[:vocab_size] + (0 if bias is None else bias)
-    sizes = sorted({len(weight) for weight in weights})
-    if len(sizes) > 1:
-        raise ValueError(
-            f"expected heads of one vocabulary size; got {sizes[0]} and {sizes[1]}. If they share a tokenizer and are "
-            f"padded differently, pass vocab_size=len(tokenizer), at most {sizes[0]}"
-        )
-    weight = torch.cat(weights, 1)
-    return torch.cat(columns, 1), LinearHead(weight, None if bias is None else bias.to(weight.dtype))
 
 
 def rlkd(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> DistillationLoss:

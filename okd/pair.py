@@ -60,10 +60,9 @@ class StudentTeacher(nn.Module):
         teacher_hidden: Tensor,  # (N, D_t)
         targets: Tensor,  # (N,)
         normalizer: Tensor | float | None = None,
-        teacher_head: LinearHead | None = None,
         **options: Any,
     ) -> DistillationLoss:
-        """`linear_distillation_loss` with this pair's heads, objectives and options, or others in their place."""
+        """`linear_distillation_loss` with this pair's heads, objectives and options, or `options` in their place."""
         defaults = {
             "student": self.student_objective,
             "teacher": self.teacher_objective,
@@ -74,7 +73,7 @@ class StudentTeacher(nn.Module):
             student_hidden,
             LinearHead.from_model(self.student),
             teacher_hidden,
-            LinearHead.from_model(self.teacher) if teacher_head is None else teacher_head,
+            LinearHead.from_model(self.teacher),
             targets,
             normalizer=normalizer,
             **{**defaults, **options},

@@ -27,7 +27,7 @@ def rows(tmp_path_factory):
 
 
 def test_every_case_compiles_for_every_target(rows):
-    cases = {"okd", "okd, temperature, softcap, bias", "okd, fp32 gradients", *DIVERGENCES}
+    cases = {"okd", "okd, temperature, softcap, bias", "okd, fp32 gradients", "taid", *DIVERGENCES}
     assert {(row["case"], row["target"]) for row in rows} == {(c, t) for c in cases for t in TARGETS}
 
 
@@ -44,7 +44,7 @@ def test_two_rows_share_a_multiprocessor(rows):
 def test_logits_move_in_sixteen_bytes(rows):
     """A pass reads two rows; of a block of 2048, a thread of 8 warps has two times 16 bytes (gfx942: once)."""
     for row in rows:
-        passes = 2 if row["case"].startswith("okd") or row["case"] in ("forward_kl", "reverse_kl") else 3
+        passes = 2 if row["case"].startswith("okd") or row["case"] in ("taid", "forward_kl", "reverse_kl") else 3
         per_pass = 2 if row["target"] == "gfx942" else 4
         assert row["loads"].get("16") == passes * per_pass, row
         if row["target"] != "gfx942" and "bias" not in row["case"]:

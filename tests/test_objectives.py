@@ -19,7 +19,6 @@ from okd.models import attach_online_module
 from okd.objectives import LOSSES
 from okd.pair import StudentTeacher
 from okd.sampling import POLICIES, prompt_of
-from okd_kernels import LinearHead
 
 DISTILLING = [name for name in LOSSES if name != "cross_entropy"]
 PRESET = {"divergence": "forward_kd", "cross_entropy": "sft"}  # the others are called after their loss
@@ -277,22 +276,6 @@ def test_taid_moves_from_a_target_of_its_own_to_the_teacher():
     assert values[1.0] == pytest.approx(whole.student.item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("vocab_size", [None, 20])
-def test_mixed_logits_are_the_mixture_of_logits(vocab_size):
-    """Bias, scale and LoRA on either side; heads of two sizes; two dtypes."""
-    x, y = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 4)
-    rows = 20 if vocab_size is None else 24
-    lora = torch.randn(2, 4), torch.randn(rows, 2), 0.5
-    heads = (
-        LinearHead(torch.randn(20, 5, dtype=torch.float64), torch.randn(20, dtype=torch.float64), logit_scale=0.3),
-        LinearHead(torch.randn(rows, 4), torch.randn(rows), logit_scale=2.0, lora=lora),
-    )
-    hidden, head = objectives._mixed_logits(((0.3, x, heads[0]), (0.7, y, heads[1])), vocab_size)
-    truth = 0.3 * heads[0].logits(x) + 0.7 * heads[1].logits(y, 20)
-    torch.testing.assert_close(head.logits(hidden), truth, rtol=1e-5, atol=1e-5)
-    assert not head.weight.requires_grad and hidden.dtype == head.weight.dtype
-
-
 def test_taid_with_a_lora_on_the_head():
     both = pair("taid")
     torch.manual_seed(0)
@@ -306,19 +289,6 @@ def test_taid_with_a_lora_on_the_head():
     assert sum("lm_head" in n for n in truth) == 2
     for parameter, gradient in truth.items():
         torch.testing.assert_close(ours[parameter], gradient, rtol=1e-6, atol=1e-9)
-
-
-def test_taid_refuses_heads_that_do_not_add_up():
-    both, inputs = pair("taid"), batch()
-    both.student.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match=r"heads without a softcap for taid.*got 30.0: use another method"):
-        both(**inputs)
-    both = pair("taid")
-    both.teacher = tiny.llama(seed=1, vocab=72).double()
-    with pytest.raises(ValueError, match=r"got 64 and 72.*pass vocab_size=len\(tokenizer\), at most 64"):
-        both(**inputs)
-    both.args.vocab_size = 64
-    assert both(**inputs).student > 0
 
 
 # --- MixKD -----------------------------------------------------------------------------------------------------------
