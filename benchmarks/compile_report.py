@@ -49,19 +49,27 @@ CASES: dict[str, dict[str, Any]] = {
     "okd, temperature, softcap, bias": {"objectives": OKD, "temperature": 2.0, "softcap": 30.0, "bias": True},
     "okd, fp32 gradients": {"objectives": OKD, "gradient": "fp32"},
     "okd, odd vocabulary": {"objectives": OKD, "vocab": 50257},  # masks within 16 bytes
+    "taid": {"objectives": (Objective("forward_kl"), None), "teacher_share": 0.5},
     **{name: {"objectives": (Objective(name), None)} for name in DIVERGENCES},
 }
 
 
 def compile_row_kernel(
-    target: GPUTarget, objectives, temperature=1.0, softcap=None, bias=False, gradient="bf16", vocab=Shape.vocab
+    target: GPUTarget,
+    objectives,
+    temperature=1.0,
+    teacher_share=1.0,
+    softcap=None,
+    bias=False,
+    gradient="bf16",
+    vocab=Shape.vocab,
 ):
     """The compiled kernel of one case; logits fp32, rows padded as `okd_kernels.chunks` pads them."""
     tensor = torch.empty(0)
     student, teacher = (
         Side(tensor, o, None if o is None else tensor, tensor if bias else None, 1.0, softcap) for o in objectives
     )
-    fixed = constants(student, teacher, True, temperature)
+    fixed = constants(student, teacher, True, temperature, teacher_share)
     names = _row_kernel.arg_names
     pointers = {"dz_ptr": gradient, "du_ptr": gradient, "labels_ptr": "i64"}
     signature = {}

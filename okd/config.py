@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -58,6 +59,23 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "alpha-beta divergence (arXiv 2505.04560), teacher frozen",
             "alpha_beta",
             parameters={"alpha": 0.2, "beta": 0.7},
+        ),
+        "taid": Method("TAID (arXiv 2501.16937): the target moves from student to teacher", "forward_kl", loss="taid"),
+        "rlkd": Method(
+            "RLKD (arXiv 2409.12545): forward KL and the order of the top tokens", "forward_kl", loss="rlkd"
+        ),
+        "mixkd": Method("MixKD (arXiv 2011.00593): forward KL, on mixed embeddings too", "forward_kl", loss="mixkd"),
+        "minillm": Method(
+            "MiniLLM (arXiv 2306.08543): policy gradient of the responses' reverse KL",
+            "reverse_kl",
+            loss="minillm",
+            sequences="student",
+        ),
+        "distillm2": Method(
+            "DistiLLM-2 (arXiv 2503.07067): skew KL on the teacher's responses, skew reverse KL on the student's",
+            "skew_kl",
+            loss="distillm2",
+            sequences="paired",
         ),
         "okd": Method(
             "online KD (arXiv 2409.12512): the teacher's online module trains too", "forward_kl", online=True
@@ -125,6 +143,9 @@ class OKDConfig(TrainingArguments):
     online_layers: float = option(1.0, "share of the teacher's layers, from the top, that carry the LoRA")
     online_virtual_tokens: int = option(20, "length of a prefix or p-tuning prompt")
     online_learning_rate: float | None = option(None, "learning rate of the online module; default: learning_rate")
+    mixup_alpha: float = option(0.4, "mixkd: a of lambda ~ Beta(a, a), the share of a row in its mixture")
+    mixup_ce_weight: float = option(1.0, "mixkd: weight of the cross-entropy on mixed rows")
+    mixup_weight: float = option(1.0, "mixkd: weight of the divergence on mixed rows")
     vocab_size: int | None = option(None, "columns shared by both heads where they are padded differently")
     max_length: int = option(512, "tokens of an example; longer ones are cut on the right, and counted")
     chat_template: bool | None = option(
@@ -190,6 +211,11 @@ class OKDConfig(TrainingArguments):
             )
         if self.student_share is not None and not 0 <= self.student_share <= 1:
             raise ValueError(f"expected student_share between 0 and 1; got {self.student_share}")
+        if not self.mixup_alpha > 0:
+            raise ValueError(f"expected mixup_alpha > 0, of a Beta distribution; got {self.mixup_alpha}")
+        for name in ("mixup_ce_weight", "mixup_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"expected {name} to be finite and at least 0; got {getattr(self, name)}")
         if self.online_teacher and (self.preset.divergence is None or self.preset.selection is not None):
             raise ValueError(
                 f"expected online_teacher with a method that distils from one teacher; got {self.method}: leave it out"
@@ -215,6 +241,10 @@ class OKDConfig(TrainingArguments):
         if self.student_divergence and not self.preset.divergence:
             raise ValueError(
                 f"expected no student_divergence with method {self.method}, which has no teacher; got {name}"
+            )
+        if self.student_divergence and self.preset.loss in ("minillm", "distillm2"):
+            raise ValueError(
+                f"expected no student_divergence with method {self.method}, which has its own; got {name}: leave it out"
             )
         given = {"alpha": self.divergence_alpha, "beta": self.divergence_beta}
         parameters = {k: v for k, v in given.items() if v is not None}

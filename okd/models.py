@@ -204,27 +204,21 @@ def adapter_names(teacher: nn.Module) -> set[str]:
 
 def hidden_states(
     model: Any,
-    input_ids: Tensor,  # (B, T)
+    input_ids: Tensor | None,  # (B, T); None with `inputs_embeds`
     attention_mask: Tensor,  # (B, T); with a cache, of its columns too
     **options: Any,
 ) -> Tensor:
     """The hidden states (B, T, D) that the head projects, without projecting them. Active adapters take part.
 
-    `options` go to the decoder: a KV cache, positions.
+    `options` go to the model: `inputs_embeds` (B, T, D), a KV cache, positions.
     """
+    options = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **options}
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         # A prefix or a prompt is put in by PEFT's own forward; it keeps one row of logits, and comes before the tokens.
-        output = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            output_hidden_states=True,
-            logits_to_keep=1,
-            use_cache=False,
-        )
-        return output.hidden_states[-1][:, -input_ids.shape[1] :]
+        output = model(**options, output_hidden_states=True, logits_to_keep=1)
+        return output.hidden_states[-1][:, -attention_mask.shape[1] :]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    options = {"use_cache": False, **options}
-    return base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
+    return base.get_decoder()(**options).last_hidden_state
 
 
 def check_head(model: Any, name: str) -> None:

@@ -56,8 +56,8 @@ class StudentTeacher(nn.Module):
 
     def distil(
         self,
-        student: Tensor,  # (N, D_s) hidden states
-        teacher: Tensor,  # (N, D_t)
+        student_hidden: Tensor,  # (N, D_s)
+        teacher_hidden: Tensor,  # (N, D_t)
         targets: Tensor,  # (N,)
         normalizer: Tensor | float | None = None,
         **options: Any,
@@ -70,9 +70,9 @@ class StudentTeacher(nn.Module):
             "vocab_size": self.args.vocab_size,
         }
         return linear_distillation_loss(
-            student,
+            student_hidden,
             LinearHead.from_model(self.student),
-            teacher,
+            teacher_hidden,
             LinearHead.from_model(self.teacher),
             targets,
             normalizer=normalizer,

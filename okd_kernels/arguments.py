@@ -80,6 +80,16 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"expected a temperature > 0; got {temperature}")
 
 
+def check_teacher_share(teacher_share: float, teacher: Objective | None) -> None:
+    if not 0 <= teacher_share <= 1:
+        raise ValueError(f"expected teacher_share between 0 and 1; got {teacher_share}")
+    if teacher_share < 1 and teacher is not None:
+        raise ValueError(
+            f"expected teacher=None with teacher_share below 1, which moves the student's target only; got {teacher}: "
+            "let the teacher learn in a call of its own"
+        )
+
+
 def resolve_backend(backend: str, device: torch.device) -> str:
     """The backend that will run on `device`: "auto" resolved, any other checked. Raises ValueError."""
     if backend not in BACKENDS:

@@ -126,6 +126,7 @@ def run_chunks(
     statistics: Tensor,  # (N, len(STATISTICS)): written
     *,
     temperature: float,
+    teacher_share: float = 1.0,
     vocab_size: int,
     workspace_bytes: int,
     backend: str,
@@ -154,6 +155,7 @@ def run_chunks(
             statistics[rows],
             vocab_size=vocab_size,
             temperature=temperature,
+            teacher_share=teacher_share,
         )
         for model, side in zip(models, sides, strict=True):
             if side.gradient is not None:

@@ -101,6 +101,24 @@ def _skew_reverse_kl_rule(log_q, log_p, q, p, a, b):
     return g - q + m, g + a * q * (1 - q / m)
 
 
+# --- the same number with the q in m held still: the gradient of KL(q || m), m constant  (DistiLLM-2, 2503.07067) -----
+
+
+def _skew_reverse_kl_detached(
+    log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, a: float, b: float
+) -> tuple[Tensor, Tensor]:
+    m = ((1 - a) * p + a * q.detach()).clamp_min(TINY)
+    g = q * (log_q - m.log())
+    return g - q + m, g
+
+
+@jit
+def _skew_reverse_kl_detached_rule(log_q, log_p, q, p, a, b):
+    m = tl.maximum((1 - a) * p + a * q, 1e-37)
+    g = q * (log_q - tl.log(m))
+    return g - q + m, g
+
+
 # --- generalised JSD, b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q  (GKD, arXiv 2306.13649, Eq. 1) ----------
 
 
@@ -177,7 +195,8 @@ class Divergence:
         rule: the same in Triton; `None` where Triton is not installed.
         parameters: name -> default of its at most two parameters, passed as `a`, `b`.
         limits: parameter values at which the divergence is another one: `(values, name)` pairs.
-        dual: `(a, b) -> Objective`: the same number, seen by the other side.
+        dual: `(a, b) -> Objective`: the same number, seen by the other side. That of a divergence which holds a part
+            of its learner still has no such part: its own dual is the one that differentiates all of it.
         slope_sum: `sum_v g_v` if the statistics pass knows it ("zero", or "value": the divergence itself);
             else `None`, and the row needs a third pass.
     """
@@ -226,6 +245,15 @@ DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
                 "KL(q || (1 - a) p + a q)",
                 _skew_reverse_kl,
                 _skew_reverse_kl_rule,
+                lambda a, b: Objective("skew_kl", alpha=a),
+                {"alpha": 0.1},
+                limits=(((0.0,), "reverse_kl"),),
+            ),
+            Divergence(
+                "skew_reverse_kl_detached",
+                "KL(q || (1 - a) p + a q), the q in the mixture held still",
+                _skew_reverse_kl_detached,
+                _skew_reverse_kl_detached_rule,
                 lambda a, b: Objective("skew_kl", alpha=a),
                 {"alpha": 0.1},
                 limits=(((0.0,), "reverse_kl"),),

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from okd_kernels.gather import gathered_products
+
 
 @dataclass(frozen=True)
 class LinearHead:
@@ -124,6 +126,26 @@ class LinearHead:
         low, up = self.low_rank(hidden)
         if low is not None and up is not None:
             x = x + low @ up[:vocab_size].t()
+        return self._scaled(x)
+
+    def logits_at(
+        self,
+        hidden: Tensor,  # (N, D)
+        ids: Tensor,  # (N, K) int64, in [0, V)
+    ) -> Tensor:
+        """The logits (N, K) of a few tokens of each row, differentiable; fp32 or wider, also under autocast.
+
+        Costs K dot products a row, where `logits` costs V. Ids of one row may repeat.
+        """
+        x = gathered_products(hidden, self.weight, ids)
+        if self.bias is not None:
+            x = x + self.bias[ids]
+        low, up = self.low_rank(hidden)
+        if low is not None and up is not None:
+            x = x + gathered_products(low, up, ids)
+        return self._scaled(x)
+
+    def _scaled(self, x: Tensor) -> Tensor:
         x = x * self.logit_scale
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from okd_kernels import ops
 from okd_kernels.arguments import (
     check_objectives,
+    check_teacher_share,
     check_temperature,
     chunk_workspace,
     common_shape,
@@ -36,6 +37,7 @@ def linear_distillation_loss(
     student: str | Objective = "forward_kl",
     teacher: str | Objective | None = None,
     temperature: float = 1.0,
+    teacher_share: float = 1.0,
     token_weights: Tensor | None = None,  # (...,)
     normalizer: float | Tensor | None = None,
     reduction: str = "mean",
@@ -59,6 +61,8 @@ def linear_distillation_loss(
         teacher: the same for the teacher; None holds it frozen. OKD (arXiv 2409.12512, Eq. 16):
             `Objective("forward_kl", weight=a, ce_weight=1 - a)`.
         temperature: T. Divergences are taken at T and times T^2 (Hinton et al. 2015); cross-entropies at T = 1.
+        teacher_share: t. Below 1, the student's target is softmax((1 - t) z + t u) of its own logits z, held still, and
+            the teacher's u (TAID, arXiv 2501.16937); so are the metrics'. For a frozen teacher.
         token_weights: (...,) factor of each token's loss.
         normalizer: divisor of the mean; default: the number (or total weight) of counted tokens. Under gradient
             accumulation pass the number of tokens of the whole batch.
@@ -83,6 +87,7 @@ def linear_distillation_loss(
     backend = resolve_backend(backend, student_hidden.device)
     rows = Tokens(shape, labels, token_weights, normalizer, reduction, ignore_index, vocab_size, student_hidden.device)
     check_temperature(temperature)
+    check_teacher_share(teacher_share, objectives[1])
     hiddens = [hidden.reshape(-1, hidden.shape[-1]) for hidden in hiddens]
 
     if backend == "reference":
@@ -98,6 +103,7 @@ def linear_distillation_loss(
                 student=objectives[0],
                 teacher=objectives[1],
                 temperature=temperature,
+                teacher_share=teacher_share,
             )
         return rows.reduce(losses, statistics, objectives)
 
@@ -115,6 +121,7 @@ def linear_distillation_loss(
         *_packed(objectives),
         [number for head in heads for number in (head.logit_scale, head.softcap or 0.0)],
         float(temperature),
+        float(teacher_share),
         vocab_size,
         chunk_workspace(workspace_bytes, student_hidden.device),
         backend,

@@ -93,6 +93,7 @@ def linear_distillation(
     teacher_numbers: Sequence[float],
     head_numbers: Sequence[float],  # logit scale and softcap (0: none) of the student, then of the teacher
     temperature: float,
+    teacher_share: float,  # of the student's target; the rest are its own logits
     vocab_size: int,
     workspace_bytes: int,
     backend: str,
@@ -139,6 +140,7 @@ def linear_distillation(
                 row_losses,
                 row_statistics,
                 temperature=temperature,
+                teacher_share=teacher_share,
                 vocab_size=vocab_size,
                 workspace_bytes=workspace_bytes,
                 backend=backend,

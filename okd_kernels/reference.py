@@ -28,6 +28,7 @@ def reference_losses(
     student: Objective | None,
     teacher: Objective | None,
     temperature: float,
+    teacher_share: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Per-token losses (N, 2) of student and teacher, and statistics (N, len(STATISTICS)), zero in ignored rows.
 
@@ -38,6 +39,8 @@ def reference_losses(
         student_logits = torch.where(ignored, 0, student_logits)
         teacher_logits = torch.where(ignored, 0, teacher_logits)
     z, u = student_logits.clamp_min(FLOOR), teacher_logits.clamp_min(FLOOR)
+    if teacher_share != 1.0:
+        u = (1 - teacher_share) * z.detach() + teacher_share * u
     log_q, log_p = (z / temperature).log_softmax(-1), (u / temperature).log_softmax(-1)
     nlls = [torch.zeros_like(z[:, 0])] * 2
     if labels is not None:

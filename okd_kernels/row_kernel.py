@@ -75,13 +75,14 @@ def _row_kernel(
     z_loadable, u_loadable, dz_storable, du_storable,  # columns of a row that exist in memory, padding included
     v,
     temperature,
+    teacher_share,  # of the student's target; the rest are its own logits
     z_scale, z_softcap, u_scale, u_softcap,
     s_weight, s_ce_weight, s_a, s_b,
     t_weight, t_ce_weight, t_a, t_b,
     S_RULE: tl.constexpr, T_RULE: tl.constexpr,  # T_RULE None: the teacher does not learn
     S_SLOPE_SUM: tl.constexpr, T_SLOPE_SUM: tl.constexpr,
     S_CE: tl.constexpr, T_CE: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_SHARE: tl.constexpr,
     Z_BIAS: tl.constexpr, U_BIAS: tl.constexpr, Z_SOFTCAP: tl.constexpr, U_SOFTCAP: tl.constexpr,
     DZ: tl.constexpr, DU: tl.constexpr,
     BLOCK: tl.constexpr, N_STATISTICS: tl.constexpr,
@@ -126,6 +127,8 @@ def _row_kernel(
             offsets = start + columns
             z, _ = _load(z_ptr, z_bias_ptr, offsets, z_loadable, v, z_scale, z_softcap, Z_BIAS, Z_SOFTCAP)
             u, _ = _load(u_ptr, u_bias_ptr, offsets, u_loadable, v, u_scale, u_softcap, U_BIAS, U_SOFTCAP)
+            if HAS_SHARE:
+                u = z + teacher_share * (u - z)
             z_block_max, u_block_max = tl.split(tl.max(tl.join(z, u), axis=0))  # one reduction: half the barriers
             z_new = tl.maximum(z_max, z_block_max)
             u_new = tl.maximum(u_max, u_block_max)
@@ -174,6 +177,8 @@ def _row_kernel(
                 offsets = start + columns
                 z, _ = _load(z_ptr, z_bias_ptr, offsets, z_loadable, v, z_scale, z_softcap, Z_BIAS, Z_SOFTCAP)
                 u, _ = _load(u_ptr, u_bias_ptr, offsets, u_loadable, v, u_scale, u_softcap, U_BIAS, U_SOFTCAP)
+                if HAS_SHARE:
+                    u = z + teacher_share * (u - z)
                 log_q = (z - z_max) * inverse_temperature - z_log
                 log_p = (u - u_max) * inverse_temperature - u_log
                 q = exp(log_q)
@@ -193,6 +198,8 @@ def _row_kernel(
         if HAS_LABELS:
             z_label, _ = _load(z_ptr, z_bias_ptr, label, z_loadable, v, z_scale, z_softcap, Z_BIAS, Z_SOFTCAP)
             u_label, _ = _load(u_ptr, u_bias_ptr, label, u_loadable, v, u_scale, u_softcap, U_BIAS, U_SOFTCAP)
+            if HAS_SHARE:
+                u_label = z_label + teacher_share * (u_label - z_label)
             s_nll = z_log_1 - (z_label - z_max)
             t_nll = u_log_1 - (u_label - u_max)
         s_row_scale = tl.load(row_scales_ptr + row * 2)
@@ -212,6 +219,8 @@ def _row_kernel(
             offsets = start + columns
             z, z_slope = _load(z_ptr, z_bias_ptr, offsets, z_loadable, v, z_scale, z_softcap, Z_BIAS, Z_SOFTCAP)
             u, u_slope = _load(u_ptr, u_bias_ptr, offsets, u_loadable, v, u_scale, u_softcap, U_BIAS, U_SOFTCAP)
+            if HAS_SHARE:
+                u = z + teacher_share * (u - z)
             z -= z_max
             u -= u_max
             log_q = z * inverse_temperature - z_log
@@ -271,7 +280,9 @@ def _slope_sum(objective: Objective | None) -> str:
     return "zero" if objective is None else DIVERGENCES[objective.divergence].slope_sum or "unknown"
 
 
-def constants(student: Side, teacher: Side, has_labels: bool, temperature: float) -> dict[str, object]:
+def constants(
+    student: Side, teacher: Side, has_labels: bool, temperature: float, teacher_share: float = 1.0
+) -> dict[str, object]:
     """The kernel's compile-time arguments for these two sides."""
 
     def rule(objective: Objective | None) -> object:
@@ -289,6 +300,7 @@ def constants(student: Side, teacher: Side, has_labels: bool, temperature: float
         T_CE=ce(teacher.objective),
         HAS_LABELS=has_labels,
         HAS_TEMPERATURE=temperature != 1.0,
+        HAS_SHARE=teacher_share != 1.0,
         Z_BIAS=student.bias is not None,
         U_BIAS=teacher.bias is not None,
         Z_SOFTCAP=student.softcap is not None,
@@ -314,6 +326,7 @@ def triton_rows(
     *,
     vocab_size: int,
     temperature: float,
+    teacher_share: float = 1.0,
 ) -> None:
     """Fill losses, statistics and both gradients of n rows. Ignored rows keep zeros. No host synchronisation."""
     z, u = student.logits, teacher.logits
@@ -335,12 +348,13 @@ def triton_rows(
             *(t.shape[1] for t in (z, u, dz, du)),
             vocab_size,
             temperature,
+            teacher_share,
             student.logit_scale,
             student.softcap or 1.0,
             teacher.logit_scale,
             teacher.softcap or 1.0,
             *_scalars(student.objective),
             *_scalars(teacher.objective),
-            **constants(student, teacher, labels is not None, temperature),
+            **constants(student, teacher, labels is not None, temperature, teacher_share),
             **launch_options(torch.version.cuda is not None),
         )

@@ -103,6 +103,7 @@ def torch_rows(
     *,
     vocab_size: int,
     temperature: float,
+    teacher_share: float = 1.0,
 ) -> None:
     """Fill losses, statistics and both gradients of n rows, in the dtype of `losses`; zeros for ignored rows."""
     n, dtype = losses.shape[0], losses.dtype
@@ -115,6 +116,8 @@ def torch_rows(
             ignored = None
         z = _transform(student, rows, vocab_size, dtype, ignored)
         u = _transform(teacher, rows, vocab_size, dtype, ignored)
+        if teacher_share != 1.0:
+            u = torch.lerp(z, u, teacher_share)
         log_q = (z / temperature if temperature != 1.0 else z).log_softmax(-1)
         log_p = (u / temperature if temperature != 1.0 else u).log_softmax(-1)
         q, p = log_q.exp(), log_p.exp()

@@ -157,3 +157,41 @@ def test_a_sharded_weight_is_refused(tmp_path):
             LinearHead(weight)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.3}, {"softcap": 2.0, "logit_scale": 1.5}], ids=str)
+def test_logits_at_chosen_ids_are_those_of_all_logits(options, monkeypatch):
+    """Values and gradients of everything the head has; ids that repeat; three tokens at a time."""
+    monkeypatch.setattr("okd_kernels.gather.CHUNK_ELEMENTS", 3 * 4 * 8)
+    n, k, v, d, r = 7, 4, 11, 8, 2
+    leaves = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((n, d), (v, d), (v,), (r, d), (v, r))
+    ]
+    hidden, weight, bias, down, up = leaves
+    head = LinearHead(weight, bias, lora=(down, up, 0.7), **options)
+    ids = torch.randint(0, v, (n, k))
+    ids[:, 1] = ids[:, 0]
+    ours, truth = head.logits_at(hidden, ids), head.logits(hidden).gather(1, ids)
+    torch.testing.assert_close(ours, truth)
+    upstream = torch.randn(n, k, dtype=torch.float64)
+    for one, other in zip(*(torch.autograd.grad(x, leaves, upstream) for x in (ours, truth)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_logits_at_chosen_ids_are_not_rounded():
+    """bf16 operands, also through autocast: products are summed and kept in fp32, gradients come in the operands'."""
+    hidden, weight = (torch.randn(*s).bfloat16().requires_grad_() for s in ((5, 64), (9, 64)))
+    ids = torch.randint(0, 9, (5, 3))
+    truth = (hidden.float() @ weight.float().T).gather(1, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = LinearHead(weight).logits_at(hidden, ids)
+    torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5)
+    ours.sum().backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+
+
+def test_hidden_states_of_embeddings_are_those_of_their_tokens():
+    ids, mask = torch.randint(2, 64, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    for model in (tiny.llama(), adapted()):
+        embeddings = model.get_input_embeddings()(ids)
+        torch.testing.assert_close(hidden_states(model, None, mask, embeddings), hidden_states(model, ids, mask))

@@ -157,6 +157,38 @@ def test_peaked_rows(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype, spread", [(torch.float32, 1.0), (torch.bfloat16, 1.0), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_target_between_student_and_teacher(name, dtype, spread, backend):
+    """All that comes after the logits is the mixture's: temperature, statistics, gradients near convergence."""
+    problem = Problem(dtype=dtype, spread=spread)
+    problem.head_options = ({"softcap": 9.0}, {"logit_scale": 0.9})
+    student = Objective(name, ce_weight=0.3)
+    assert_as_good_as_the_reference(problem, backend, student=student, teacher_share=0.4, temperature=1.5)
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+def test_definition_of_taid(backend):
+    """arXiv 2501.16937 in plain PyTorch: KL(softmax((1 - t) sg(z) + t u) || softmax(z)); at t = 0 nothing to learn."""
+    problem, t = Problem(ignored=()), 0.4
+    x = {k: v.double().requires_grad_() for k, v in problem.operands.items()}
+    z = x["student_hidden"] @ x["student_weight"].T + x["student_bias"]
+    u = x["teacher_hidden"] @ x["teacher_weight"].T + x["teacher_bias"]
+    log_p = ((1 - t) * z + t * u).detach().log_softmax(-1)
+    expected = (log_p.exp() * (log_p - z.log_softmax(-1))).sum(-1)
+    expected.mean().backward()
+    values, gradients = problem.run(backend, teacher_share=t)
+    torch.testing.assert_close(values["student"].double(), expected.mean().detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(values["forward_kl"].double(), expected.detach(), rtol=1e-5, atol=1e-7)
+    for k in GRADIENTS[:3]:
+        assert relative_error(gradients[k], x[k].grad) < 2e-6, k
+    assert all(gradients[k] is None for k in GRADIENTS[3:])
+    assert problem.run(backend, teacher_share=0.0)[0]["student"].abs() < 1e-6
+    whole, at_1 = (problem.run(backend, **options)[0]["student"] for options in ({}, {"teacher_share": 1.0}))
+    assert torch.equal(whole, at_1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_scale_softcap_bias(temperature, backend):
     problem = Problem()
@@ -292,10 +324,13 @@ def test_metrics_are_their_definitions(backend):
         )
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if not name.endswith("_detached")])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_reference_finite_differences(side, name):
-    """Central differences in fp64 of the learner's loss, along random directions of hidden, weight and bias."""
+    """Central differences in fp64 of the learner's loss, along random directions of hidden, weight and bias.
+
+    The slope of a divergence that holds a part of its learner still is no derivative of its value, on purpose.
+    """
     problem = Problem(v=11, n=3, ignored=(1,), dtype=torch.float64)
     problem.head_options = ({"softcap": 9.0}, {"softcap": 7.0, "logit_scale": 0.8})
     options = {s: Objective(name, ce_weight=0.3) for s in ("student", "teacher")}
@@ -715,6 +750,8 @@ X, W, Y, U = torch.zeros(4, 8), torch.zeros(32, 8), torch.zeros(4, 6), torch.zer
         ),
         ((X, W, Y, U), {"student": "kl"}, ValueError, "expected a divergence out of"),
         ((X, W, Y, U), {"temperature": 0}, ValueError, "temperature > 0; got 0"),
+        ((X, W, Y, U), {"teacher_share": 1.5}, ValueError, "teacher_share between 0 and 1; got 1.5"),
+        ((X, W, Y, U), {"teacher_share": 0.5, "teacher": "jsd"}, ValueError, "teacher=None with teacher_share below 1"),
         ((X, W, Y, U), {"reduction": "avg"}, ValueError, "mean, sum or none; got 'avg'"),
         ((X, W, Y, U), {"reduction": "sum", "normalizer": 3}, ValueError, "normalizer with reduction='mean' only"),
         ((X, W, Y, U), {"backend": "cuda"}, ValueError, "one of auto, triton, torch, reference; got 'cuda'"),
