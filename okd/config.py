@@ -151,6 +151,11 @@ class OKDConfig(TrainingArguments):
                 raise ValueError(f"expected {name} of at least 1; got {getattr(self, name)}")
         if not self.temperature > 0:
             raise ValueError(f"expected a temperature > 0; got {self.temperature}")
+        if self.preset.loss == "mixkd" and self.per_device_train_batch_size < 2:
+            raise ValueError(
+                "expected a per_device_train_batch_size of at least 2 rows for method mixkd to mix; got "
+                f"{self.per_device_train_batch_size}: raise it, and lower gradient_accumulation_steps instead"
+            )
         if not self.mixup_alpha > 0:
             raise ValueError(f"expected mixup_alpha > 0, of a Beta distribution; got {self.mixup_alpha}")
         for name in ("mixup_ce_weight", "mixup_weight"):
