@@ -211,6 +211,11 @@ class OKDConfig(TrainingArguments):
             )
         if self.student_share is not None and not 0 <= self.student_share <= 1:
             raise ValueError(f"expected student_share between 0 and 1; got {self.student_share}")
+        if self.preset.loss == "mixkd" and self.per_device_train_batch_size < 2:
+            raise ValueError(
+                "expected a per_device_train_batch_size of at least 2 rows for method mixkd to mix; got "
+                f"{self.per_device_train_batch_size}: raise it, and lower gradient_accumulation_steps instead"
+            )
         if not self.mixup_alpha > 0:
             raise ValueError(f"expected mixup_alpha > 0, of a Beta distribution; got {self.mixup_alpha}")
         for name in ("mixup_ce_weight", "mixup_weight"):

@@ -107,17 +107,18 @@ def rlkd(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Distilla
 def mixkd(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> DistillationLoss:
     """L_distill(x) + a_SM CE_mix + a_TMKD D(p(mixed), q(mixed)) (MixKD, arXiv 2011.00593).
 
-    Each row i of the batch meets another one, j: both models read lambda e_i + (1 - lambda) e_j, each of its own
-    embeddings, lambda ~ Beta(a, a), as far as both texts reach. CE_mix is lambda CE(q, y_i) + (1 - lambda) CE(q, y_j).
-    The last two terms are summed over positions before a response token of both rows, and divided as the first is: a
-    mixed token weighs as much as a plain one, however few there are.
+    Each row i of the batch meets another one, j (a row alone meets itself): both models read lambda e_i + (1 - lambda)
+    e_j, each of its own embeddings, lambda ~ Beta(a, a), as far as both texts reach. CE_mix is lambda CE(q, y_i) + (1 -
+    lambda) CE(q, y_j). The last two terms are summed over positions before a response token of both rows, and divided
+    as the first is: a mixed token weighs as much as a plain one, however few there are.
 
     Where the teacher learns, it learns from plain text; on mixed text it is held still.
     """
     loss = divergence(pair, batch, normalizer)
     ids, mask, positions, targets = (batch[k] for k in ("input_ids", "attention_mask", "positions", "targets"))
     args, n_rows, device = pair.args, len(ids), ids.device
-    partner = torch.randperm(n_rows).to(device)  # drawn on the CPU, whose random state checkpoints keep
+    order = torch.randperm(n_rows)  # drawn on the CPU, whose random state checkpoints keep
+    partner = torch.empty_like(order).scatter(0, order, order.roll(1)).to(device)  # along a random cycle through all
     shares = torch.distributions.Beta(args.mixup_alpha, args.mixup_alpha).sample((n_rows,)).to(device)  # (B,) lambda
 
     def mixed_rows(model: Any) -> Tensor:

@@ -24,7 +24,7 @@ DISTILLING = [name for name in LOSSES if name != "cross_entropy"]
 PRESET = {"divergence": "forward_kd", "cross_entropy": "sft"}  # the others are called after their loss
 ROWS = [  # several turns, a student's row, a row of one response token
     {"input_ids": [5, 9, 7, 8, 12, 13, 4, 1], "labels": [-100, -100, 7, 8, -100, 13, 4, 1]},
-    {"input_ids": [6, 3, 9, 22, 1], "labels": [-100, -100, -100, 22, 1], "student_written": True},
+    {"input_ids": [6, 3, 9, 22, 1, 4], "labels": [-100, -100, 9, 22, 1, 4], "student_written": True},
     {"input_ids": [14, 15, 16, 17, 18, 19], "labels": [-100, -100, -100, 17, 18, 19], "student_written": True},
     {"input_ids": [2, 1], "labels": [-100, 1]},
 ]
@@ -118,7 +118,9 @@ def expect_rlkd(both, inputs, z, u, t):
 def expect_mixkd(both, inputs, z, u, t):
     """Row by row, without padding. The draws of partners and shares are repeated."""
     args, rows = both.args, [r for r in range(len(inputs["input_ids"]))]
-    partner = torch.randperm(len(rows)).tolist()
+    order = torch.randperm(len(rows)).tolist()
+    partner = [order[order.index(i) - 1] for i in rows]
+    assert all(i != j for i, j in zip(rows, partner, strict=True))
     shares = torch.distributions.Beta(args.mixup_alpha, args.mixup_alpha).sample((len(rows),)).double()
     length = inputs["input_ids"].shape[1]
     label = dict(zip(inputs["positions"].tolist(), inputs["targets"].tolist(), strict=True))
@@ -429,6 +431,7 @@ def test_resume_equals_not_stopping(method, tmp_path, monkeypatch):
     [
         ({"method": "minillm", "student_divergence": "jsd"}, "no student_divergence with method minillm.*got jsd"),
         ({"method": "distillm2", "student_divergence": "tvd"}, "no student_divergence with method distillm2.*got tvd"),
+        ({"method": "mixkd", "per_device_train_batch_size": 1}, "at least 2 rows.*to mix; got 1"),
         ({"mixup_alpha": 0.0}, "mixup_alpha > 0, of a Beta distribution; got 0.0"),
         ({"mixup_ce_weight": -1.0}, "mixup_ce_weight to be finite and at least 0; got -1.0"),
         ({"mixup_weight": math.inf}, "mixup_weight to be finite and at least 0; got inf"),

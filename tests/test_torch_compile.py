@@ -84,7 +84,7 @@ def arguments(n=5, per_token=False, needs=(True,) * 10, extras=True):
         *(torch.rand(n, 2), torch.tensor(0.3), per_token),
         *ops.pack(Objective("jsd")),
         *ops.pack(Objective("reverse_kl", ce_weight=0.5 if extras else 0.0)),
-        *([1.0, 0.0, 0.7, 5.0], 1.3, V, 2048, "torch"),
+        *([1.0, 0.0, 0.7, 5.0], 1.3, 1.0, V, 2048, "torch"),
         [need and operand is not None for need, operand in zip(needs, sides, strict=True)],
     )
 
