@@ -74,7 +74,7 @@ def blocks(assembly: str, syntax: Assembly) -> tuple[nx.DiGraph, list[list[str]]
     names: list[list[str]] = [[]]
     starts: dict[str, int] = {}
     jumps: list[tuple[int, str]] = []
-    graph = nx.DiGraph([("kernel", 0)])
+    graph = nx.DiGraph([("caller", 0)])
     for line in assembly.splitlines():
         if label := re.match(syntax.label, line):
             if names[-1]:
@@ -104,8 +104,8 @@ def passes(assembly: str, syntax: Assembly) -> list[dict[str, int]]:
     if any(re.match(syntax.returns, name) for block in names for name in block):
         raise ValueError("expected a kernel without subroutines: instructions of a call would not be counted")
     counts = []
-    graph_loops = (loop for loop in nx.strongly_connected_components(graph) if graph.subgraph(loop).edges)
-    for loop in sorted(graph_loops, key=min):
+    loops = [part for part in nx.strongly_connected_components(graph) if graph.subgraph(part).edges]
+    for loop in sorted(loops, key=min):
         body = [name for block in sorted(loop) for name in names[block]]
         loads, stores = accesses(body, syntax)
         if not loads:
@@ -113,9 +113,7 @@ def passes(assembly: str, syntax: Assembly) -> list[dict[str, int]]:
         entries = {b for a, b in graph.edges if b in loop and a not in loop}
         back = [(a, b) for a, b in graph.subgraph(loop).edges if b in entries]
         if len(back) != 1 or not nx.is_directed_acyclic_graph(nx.restricted_view(graph.subgraph(loop), [], back)):
-            raise ValueError(
-                "expected loops with one entry, one way back and no loop inside: iterations are not counted"
-            )
+            raise ValueError("expected a loop with one entry, one way back and no loop inside: it cannot be counted")
         counts.append(
             {
                 "instructions": sum(bool(re.match(syntax.issued, name)) for name in body),

@@ -33,9 +33,7 @@ def test_every_case_compiles_for_every_target(rows):
 
 
 def test_no_register_spills(rows):
-    known = {(SOFTCAP, "sm_100")} if triton.__version__ < "3.7" else set()  # 8 bytes
-    spilled = {(row["case"], row["target"]) for row in rows if row["spilled_bytes"] or row["spill_instructions"]}
-    assert spilled <= known
+    assert not [(r["case"], r["target"]) for r in rows if r["spilled_bytes"] or r["spill_instructions"]]
 
 
 def test_two_rows_share_a_multiprocessor(rows):
@@ -93,11 +91,13 @@ def test_memory_bounds_the_kernel_on_a_hopper(rows):
 
 
 def test_one_reduction_finds_both_maxima(rows):
-    """Warps meet twice a block in the statistics pass; in the last, once before they write over the logits."""
+    """Warps meet twice a block in the statistics pass (in two reductions they would four times); in the last, once
+    before they write over the logits."""
+    reduction = 2 if triton.__version__ >= "3.7" else 3
     for row in rows:
         logits = 2 * 2048 / (512 if row["target"] == "gfx942" else 256)
         barriers = [one["barriers"] * logits for one in row["passes"]]
-        assert barriers == [2, *[0] * (len(barriers) - 2), 1], row
+        assert barriers == [reduction, *[0] * (len(barriers) - 2), 1], row
 
 
 SASS_LOOP = """
