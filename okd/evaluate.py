@@ -20,7 +20,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd.data import IGNORE, Collator
-from okd.models import base_teacher, hidden_states
+from okd.models import hidden_states
+from okd.teachers import base_teacher
 from okd_kernels import LinearHead, linear_distillation_loss
 
 Row = dict[str, Any]
