@@ -170,7 +170,8 @@ class OKDConfig(TrainingArguments):
         ):
             raise ValueError(
                 "expected early_stopping_patience of at least 1, and evaluations to watch; got "
-                f"{self.early_stopping_patience} and eval_strategy {self.eval_strategy}: pass eval_strategy='steps'"
+                f"{self.early_stopping_patience} and {'no' if self.eval_strategy == 'no' else 'some'} evaluations: "
+                "pass eval_strategy='steps'"
             )
         for name in ("online_rank", "online_virtual_tokens", "max_length"):
             if getattr(self, name) < 1:

@@ -35,7 +35,7 @@ class Lesson(NamedTuple):
         return nn.functional.normalize(self.mean @ rows.detach().to(self.mean.dtype), dim=1)
 
     def summary(self, teacher: int, *names: str) -> Tensor:
-        """(B, len(names)) mean statistics of a teacher on each example, as log(1 + x), lest large ones drown the rest."""
+        """(B, len(names)) mean statistics of a teacher on each example, as log(1 + x): lest large ones drown others."""
         statistics = torch.stack([self.losses[teacher].metrics[name] for name in names], 1)
         return (self.mean @ statistics.to(self.mean.dtype)).clamp_min(0).log1p()
 
@@ -64,6 +64,10 @@ class Gate(Selection):
 
     s_i = [mean hidden state of teacher i over the response; its entropy; its NLL of the response]: what the teacher
     makes of the example, how sure it is, and how right. It starts as the plain mean of the teachers.
+
+    What minimises sum_i a_i D(p_i, q) is the teacher nearest to the student, whatever it knows; the cross-entropy alone
+    draws the student, and the gate after it, towards those that are right. With a student that cannot speak yet, a
+    teacher of flat distributions is nearest: begin with one that can.
     """
 
     def __init__(self, student_width: int, teacher_widths: Sequence[int], args: OKDConfig):

@@ -201,8 +201,13 @@ def saliency(student: Any, teacher: Any, args: OKDConfig, batches: Sequence[Mapp
     matrices = {
         name: module.weight
         for name, module in teacher.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and id(module) in decoder
+        if type(module) in (nn.Linear, Conv1D) and id(module) in decoder
     }
+    if not matrices:
+        raise ValueError(
+            f"expected linear modules in the teacher's decoder; {type(teacher).__name__} has none, or quantised ones: "
+            "load it in floating point, or choose another online_module"
+        )
     for model in (student, teacher):
         if not hasattr(model, "hf_device_map"):  # where the trainer will move it anyway
             model.to(args.device)

@@ -264,13 +264,11 @@ class OKDTrainer(Trainer):
         if self.args.online:
             parts[ADAPTER] = self.pair.teacher
         for name, model in parts.items():
-            own = None
-            if state_dict is not None:  # gathered by FSDP or ZeRO, with the pair's prefixes
-                prefix = "student." if name == STUDENT else "teacher."
-                own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+            own = None if state_dict is None else _part(state_dict, "student." if name == STUDENT else "teacher.")
             model.save_pretrained(directory / name, state_dict=own)
         if self.pair.selection is not None:
-            save_file({k: v.cpu() for k, v in self.pair.selection.state_dict().items()}, directory / SELECTION)
+            own = _part(state_dict, "selection.") if state_dict is not None else self.pair.selection.state_dict()
+            save_file(own, directory / SELECTION)
         self.tokenizer.save_pretrained(directory / STUDENT)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -298,6 +296,11 @@ class OKDTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _part(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """One of the pair's models, out of a state dict that FSDP or ZeRO gathered, with the pair's prefixes."""
+    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
 def _rows(data: Any, tokenizer: Any, args: OKDConfig) -> list[dict[str, Any]] | None:
