@@ -286,29 +286,59 @@ def trainer(tmp_path, teachers, student=None, **options):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_it_learns_and_finds_the_skilled_teacher(method, tmp_path):
-    """One teacher knows the task, the other has random weights; the student can speak, but is no match for the first."""
-    skilled, loss = taught(tiny.llama(seed=1, layers=3, hidden=48), 40)
-    assert loss < 0.4
-    student, loss = taught(tiny.llama(), 12)
-    assert loss > 1.5
-    teachers = [skilled, tiny.llama(seed=2)]
-    run = trainer(tmp_path, teachers, student, method=method, max_steps=60, selection_learning_rate=0.05)
+def test_it_learns(method, tmp_path):
+    skilled, _ = taught(tiny.llama(seed=1, layers=3, hidden=48), 40)
+    run = trainer(tmp_path, [skilled, tiny.llama(seed=2)], method=method, max_steps=60)
     before = run.evaluate()
     run.train()
     after = run.evaluate()
-    assert after["eval_forward_kl"] < 0.5 * before["eval_forward_kl"], "the first teacher judges"
     assert after["eval_loss"] < 0.5 * before["eval_loss"]
     assert after["eval_perplexity"] < 0.2 * before["eval_perplexity"]
     entries = [e for e in run.state.log_history if "student_loss" in e]
-    assert sum(entries[-1][f"teacher_{i}_weight"] for i in (1, 2)) == pytest.approx(1)
-    assert sum(e["teacher_1_weight"] for e in entries[-10:]) > 0.8 * 10
     assert entries[0]["teacher_1_weight"] == 0.5
+    for entry in entries:
+        assert entry["teacher_1_weight"] + entry["teacher_2_weight"] == pytest.approx(1)
     if method == "rl_multi_teacher":
-        selected = [sum(e[f"teacher_{i}_selected"] for e in entries[-10:]) / 10 for i in (1, 2)]
-        assert selected[0] > 0.9 and selected[1] < 0.4
-        assert entries[0]["teacher_2_selected"] == 1, "the warm-up"
+        assert [e["teacher_2_selected"] for e in entries[:6]] == [1] * 6, "the warm-up: a tenth of 60 steps"
+        assert any(0 < e["teacher_2_selected"] < 1 for e in entries[6:])
     assert math.isfinite(entries[-1]["base_forward_kl"])
+
+
+def test_the_gate_finds_the_skilled_teacher(tmp_path):
+    """One teacher knows the task, the other has random weights; the student can speak, if not so well."""
+    skilled, loss = taught(tiny.llama(seed=1, layers=3, hidden=48), 40)
+    assert loss < 0.4
+    student, loss = taught(tiny.llama(), 8)
+    assert loss > 1.2
+    teachers = [tiny.llama(seed=2), skilled]
+    run = trainer(tmp_path, teachers, student, method="gated_ensemble", max_steps=20, selection_learning_rate=0.05)
+    run.train()
+    entries = [e for e in run.state.log_history if "student_loss" in e]
+    assert entries[0]["teacher_2_weight"] == 0.5 and entries[-1]["teacher_2_weight"] > 0.9
+
+
+def test_the_policy_finds_the_teacher_of_the_highest_reward(tmp_path):
+    """With a student that stays, the reward is a fixed function of the choice."""
+    teachers = [tiny.llama(seed=2), taught(tiny.llama(seed=1, layers=3, hidden=48), 40)[0]]
+    student, _ = taught(tiny.llama(), 12)
+    run = trainer(
+        tmp_path,
+        teachers,
+        student,
+        method="rl_multi_teacher",
+        learning_rate=0.0,
+        max_steps=120,
+        selection_learning_rate=0.1,
+    )
+    run.train()
+    entries = [e for e in run.state.log_history if "student_loss" in e]
+    first, last = (
+        {n: sum(e[n] for e in part) / len(part) for n in ("reward", "teacher_1_selected", "teacher_2_weight")}
+        for part in (entries[:12], entries[-20:])
+    )
+    assert first["teacher_1_selected"] == 1 and last["teacher_1_selected"] < 0.2
+    assert last["teacher_2_weight"] > 0.85
+    assert last["reward"] > first["reward"] + 0.1
 
 
 def test_eval_loss_is_the_methods_distillation_loss(tmp_path):
