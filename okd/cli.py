@@ -110,7 +110,7 @@ def parse_train(argv: Sequence[str]) -> tuple[Any, Any]:
     from okd.config import METHODS, OKDConfig
     from okd.run import RunConfig
 
-    presets = "\n".join(f"  {name:<12}{method.summary}" for name, method in METHODS.items())
+    presets = "\n".join(f"  {name:<18}{method.summary}" for name, method in METHODS.items())
     dataclass_types: Any = [RunConfig, OKDConfig]
     parser = HfArgumentParser(
         dataclass_types,

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from okd_kernels import DIVERGENCES, Objective
 
-ONLINE_MODULES = ("lora", "prefix", "p_tuning")
+ONLINE_MODULES = ("lora", "prefix", "p_tuning", "non_salient")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Method:
         student_share: with `sequences="student"`, the share of batches that the student writes.
         online: the teacher's online module trains too, on L_t = a KL(student || teacher) + (1 - a) CE (OKD, Eq. 16).
         online_module: what that module is, where the method says so; else `OKDConfig.online_module`.
+        alternating: student and online module learn at every other step, in turns, rather than both at each.
         selection: how several teachers share an example, a name out of `okd.selection.SELECTIONS`; None: one teacher.
     """
 
@@ -41,6 +42,7 @@ class Method:
     student_share: float = 1.0
     online: bool = False
     online_module: str | None = None
+    alternating: bool = False
     selection: str | None = None
 
     @property
@@ -111,6 +113,27 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             parameters={"alpha": 0.1},
             sequences="replay",
         ),
+        "clda": Method(
+            "collaborative learning (arXiv 2409.02699): the teacher's least salient weights train, in turns",
+            "forward_kl",
+            online=True,
+            online_module="non_salient",
+            alternating=True,
+        ),
+        "gated_ensemble": Method(
+            "several teachers, each example's weights learned by a gate (arXiv 2011.04106)",
+            "forward_kl",
+            1.0,
+            loss="ensemble",
+            selection="gate",
+        ),
+        "rl_multi_teacher": Method(
+            "several teachers, each example's selected by a policy (arXiv 2012.06048)",
+            "forward_kl",
+            1.0,
+            loss="ensemble",
+            selection="policy",
+        ),
     }
 )
 
@@ -146,6 +169,16 @@ class OKDConfig(TrainingArguments):
     mixup_alpha: float = option(0.4, "mixkd: a of lambda ~ Beta(a, a), the share of a row in its mixture")
     mixup_ce_weight: float = option(1.0, "mixkd: weight of the cross-entropy on mixed rows")
     mixup_weight: float = option(1.0, "mixkd: weight of the divergence on mixed rows")
+    online_start: float = option(0.0, "share of the training after which the online module begins to learn")
+    alternating: bool | None = option(None, "student and online module learn in turns; default: as the method says")
+    clda_share: float = option(
+        0.1, "share of the teacher's decoder weights, the least salient, that non_salient trains"
+    )
+    selection_learning_rate: float = option(1e-2, "learning rate of what selects among several teachers")
+    selection_warmup: float = option(0.1, "share of the training with all teachers averaged, before a policy selects")
+    early_stopping_patience: int | None = option(
+        None, "evaluations without a lower eval_loss after which training stops"
+    )
     vocab_size: int | None = option(None, "columns shared by both heads where they are padded differently")
     max_length: int = option(512, "tokens of an example; longer ones are cut on the right, and counted")
     chat_template: bool | None = option(
@@ -178,6 +211,9 @@ class OKDConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.early_stopping_patience is not None:
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+            self.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
         super().__post_init__()
         self.dataloader_pin_memory &= torch.cuda.is_available()  # else torch warns on every run
         if self.method not in METHODS:
@@ -188,8 +224,20 @@ class OKDConfig(TrainingArguments):
             )
         if not 0 <= self.teacher_kl_weight <= 1:
             raise ValueError(f"expected teacher_kl_weight between 0 and 1; got {self.teacher_kl_weight}")
-        if not 0 < self.online_layers <= 1:
-            raise ValueError(f"expected online_layers in (0, 1], a share of the layers; got {self.online_layers}")
+        for name, of in (("online_layers", "layers"), ("clda_share", "weights")):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"expected {name} in (0, 1], a share of the {of}; got {getattr(self, name)}")
+        for name in ("online_start", "selection_warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"expected {name} in [0, 1], a share of the training; got {getattr(self, name)}")
+        if self.early_stopping_patience is not None and (
+            self.early_stopping_patience < 1 or self.eval_strategy == "no"
+        ):
+            raise ValueError(
+                "expected early_stopping_patience of at least 1, and evaluations to watch; got "
+                f"{self.early_stopping_patience} and {'no' if self.eval_strategy == 'no' else 'some'} evaluations: "
+                "pass eval_strategy='steps'"
+            )
         for name, least in (
             *(("online_rank", 1), ("online_virtual_tokens", 1), ("max_length", 1), ("max_new_tokens", 1)),
             *(("sampling_top_k", 0), ("skd_gamma", 1), ("skd_top_k", 0), ("replay_size", 1)),
@@ -225,6 +273,11 @@ class OKDConfig(TrainingArguments):
             raise ValueError(
                 f"expected online_teacher with a method that distils from one teacher; got {self.method}: leave it out"
             )
+        if self.alternates and (not self.online or self.preset.loss != "divergence"):
+            raise ValueError(
+                f"expected alternating with a method whose teacher learns by its divergence, such as okd or clda; got "
+                f"{self.method}: leave it out"
+            )
         _ = self.student_objective  # raises where divergence and parameters do not fit
 
     @property
@@ -235,6 +288,15 @@ class OKDConfig(TrainingArguments):
     def online(self) -> bool:
         """The teacher learns too, because the method or `online_teacher` says so."""
         return self.preset.online or self.online_teacher
+
+    @property
+    def online_kind(self) -> str:
+        """One of ONLINE_MODULES: the method's, or the one that was chosen."""
+        return self.preset.online_module or self.online_module
+
+    @property
+    def alternates(self) -> bool:
+        return self.preset.alternating if self.alternating is None else self.alternating
 
     @property
     def student_objective(self) -> Objective:

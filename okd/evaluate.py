@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd.answers import SAMPLED, Row, batches, generate_answers, padding_token, rouge_l, seeded
 from okd.data import IGNORE, Collator
-from okd.models import base_teacher, evaluating, hidden_states
+from okd.models import evaluating, hidden_states
+from okd.teachers import base_teacher
 from okd_kernels import LinearHead, linear_distillation_loss
 
 STATISTICS = ("student_nll", "teacher_nll", "forward_kl", "reverse_kl", "top1_agreement")  # of the loss, per token

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from okd.answers import SAMPLED, Row, end_tokens, generate_responses, padding_token, prompt_and_reference, seeded
 from okd.data import IGNORE
 from okd.evaluate import STATISTICS, token_statistics
-from okd.models import base_teacher
+from okd.teachers import base_teacher
 from okd_kernels import LinearHead
 
 

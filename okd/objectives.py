@@ -17,6 +17,7 @@ from torch import Tensor
 from okd.data import IGNORE
 from okd.models import hidden_states
 from okd.ranking import soft_rank, spearman
+from okd.selection import Lesson
 from okd_kernels import (
     DIVERGENCES,
     DistillationLoss,
@@ -69,7 +70,7 @@ def taid(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Distilla
         teacher,
         LinearHead.from_model(pair.teacher),
         student,
-        LinearHead.from_model(pair.student),
+        pair.student_head(),
         targets,
         student=pair.teacher_objective,
         temperature=pair.args.temperature,
@@ -88,7 +89,7 @@ def rlkd(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Distilla
     """
     student, teacher = pair.student_rows(batch), pair.teacher_rows(batch)
     loss = pair.distil(student, teacher, batch["targets"], normalizer)
-    heads = LinearHead.from_model(pair.student), LinearHead.from_model(pair.teacher)
+    heads = pair.student_head(), LinearHead.from_model(pair.teacher)
     vocab_size = pair.args.vocab_size
     ours, theirs = (
         linear_topk(rows, head, min(RANKED, vocab_size or len(head.weight)), vocab_size=vocab_size).ids
@@ -143,7 +144,7 @@ def mixkd(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Distill
     share = shares[positions // ids.shape[1]]
     cross_entropy = linear_sparse_distillation_loss(
         student,
-        LinearHead.from_model(pair.student),
+        pair.student_head(),
         torch.stack((targets, others), 1),
         torch.stack((share, 1 - share), 1).log(),
         counted,
@@ -223,7 +224,7 @@ def _nll(
     unused = targets.unsqueeze(1)
     return linear_sparse_distillation_loss(
         student,
-        LinearHead.from_model(pair.student),
+        pair.student_head(),
         unused,
         torch.zeros_like(unused, dtype=torch.float32),
         targets,
@@ -240,6 +241,48 @@ def _count(batch: Batch, normalizer: Normalizer) -> Tensor | float:
     return max(len(batch["targets"]), 1) if normalizer is None else normalizer
 
 
+def ensemble(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> DistillationLoss:
+    """sum_i w_i D(p_i, q) + c CE over the teachers, with each example's weights w from the pair's selection.
+
+    The weights sum to one, so that of sum_i w_i (D(p_i, q) + c CE) the cross-entropy counts once. They hang on the
+    losses themselves (a teacher's NLL, the reward), so per-token losses come first, and both projections are made twice
+    per teacher: forward, and again with the gradients in backward. Whole logits never exist.
+
+    Metrics: those of `okd_kernels`, averaged with the weights; `distillation_loss` sum_i w_i D(p_i, q); and for teacher
+    i = 1, 2, ... `teacher_<i>_weight`, and with a policy `teacher_<i>_selected` and `reward`.
+    """
+    assert pair.teacher is not None and pair.selection is not None
+    targets, positions = batch["targets"], batch["positions"]
+    n, length = batch["input_ids"].shape
+    student = pair.student_rows(batch)
+    taught = pair.teacher(batch["input_ids"], batch["attention_mask"], positions)
+    losses = [pair.distil(student, rows, targets, teacher_head=head, reduction="none") for rows, head in taught]
+    example = positions // length
+    own = (example == torch.arange(n, device=example.device).unsqueeze(1)).to(losses[0].student.dtype)  # (B, N)
+    c = pair.student_objective.ce_weight
+    divergences = torch.stack([loss.student.detach() - c * loss.metrics["student_nll"] for loss in losses], 1)
+    mean = own / own.sum(1, keepdim=True).clamp_min(1)
+    choice = pair.selection(Lesson(student, [rows for rows, _ in taught], losses, divergences, mean, pair.progress))
+
+    weights = choice.weights[example]  # (N, K)
+    per_token = (weights * torch.stack([loss.student for loss in losses], 1)).sum(1)
+    if choice.policy_loss is not None:
+        surrogate = choice.policy_loss[example]
+        per_token = per_token + (surrogate - surrogate.detach())
+    weights = weights.detach()
+    metrics = {
+        name: (weights * torch.stack([loss.metrics[name] for loss in losses], 1)).sum(1) for name in losses[0].metrics
+    }
+    metrics["distillation_loss"] = (weights * divergences).sum(1)
+    for name, value in {"weight": weights, **{k: v[example] for k, v in choice.metrics.items()}}.items():
+        if value.dim() == 1:
+            metrics[name] = value
+        else:
+            metrics |= {f"teacher_{i}_{name}": column for i, column in enumerate(value.unbind(1), start=1)}
+    total = per_token.sum() / (max(len(targets), 1) if normalizer is None else normalizer)
+    return DistillationLoss(total, None, metrics)
+
+
 LOSSES: Mapping[str, Loss] = {
     "divergence": divergence,
     "cross_entropy": cross_entropy,
@@ -248,4 +291,5 @@ LOSSES: Mapping[str, Loss] = {
     "mixkd": mixkd,
     "minillm": minillm,
     "distillm2": distillm2,
+    "ensemble": ensemble,
 }

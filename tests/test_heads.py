@@ -18,7 +18,8 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from okd.models import base_teacher, check_head, hidden_states
+from okd.models import check_head, hidden_states
+from okd.teachers import base_teacher
 from okd_kernels import LinearHead
 
 SMALL = {

@@ -15,11 +15,12 @@ import okd.objectives as objectives
 import okd_kernels
 from okd import OKDConfig, OKDTrainer
 from okd.data import IGNORE, Collator
-from okd.models import attach_online_module
-from okd.objectives import LOSSES
+from okd.objectives import LOSSES as ALL_LOSSES
 from okd.pair import StudentTeacher
 from okd.sampling import POLICIES, prompt_of
+from okd.teachers import attach_online_module
 
+LOSSES = {name: loss for name, loss in ALL_LOSSES.items() if name != "ensemble"}  # tests/test_selection.py has it
 DISTILLING = [name for name in LOSSES if name != "cross_entropy"]
 PRESET = {"divergence": "forward_kd", "cross_entropy": "sft"}  # the others are called after their loss
 ROWS = [  # several turns, a student's row, a row of one response token

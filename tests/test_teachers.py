@@ -1,0 +1,449 @@
+"""What the teacher is: the online module's own turn, the least salient weights, several teachers and their judge."""
+
+import copy
+import json
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from torch import nn
+from transformers import TrainerCallback
+
+from okd import OKDConfig, OKDTrainer, teachers
+from okd.cli import main, parse_train
+from okd.data import Collator, encode
+from okd.evaluate import divergence_metrics
+from okd.models import load_model
+from okd.teachers import Ensemble, base_teacher, calibration_batches, load_ensemble, non_salient_modules, saliency
+
+MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MATRICES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def config(tmp_path, **options):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "learning_rate": 1e-2,
+    }
+    return OKDConfig(**{**defaults, **options})
+
+
+def big(seed=1):
+    return tiny.llama(seed=seed, layers=3, hidden=48)
+
+
+def trainer(tmp_path, teacher=None, **options):
+    return OKDTrainer(
+        tiny.llama(),
+        teacher or big(),
+        config(tmp_path, **options),
+        train_dataset=tiny.examples(),
+        eval_dataset=tiny.examples(8, seed=9),
+        processing_class=tiny.tokenizer(),
+    )
+
+
+def rows(n=12):
+    return encode(tiny.examples(n), tiny.tokenizer(), max_length=32).rows
+
+
+def feed(n=3):
+    batch = Collator(tiny.EOS)(rows(n))
+    return {key: batch[key] for key in ("input_ids", "attention_mask")}
+
+
+def teacher_loss(student, teacher, batch, a):
+    """a KL(q || p) + (1 - a) CE of whole logits."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    mask = batch["labels"][:, 1:] != -100
+    log_q = student(**inputs).logits[:, :-1][mask].log_softmax(-1).detach()
+    u = teacher(**inputs).logits[:, :-1][mask]
+    kl = (log_q.exp() * (log_q - u.log_softmax(-1))).sum(-1).mean()
+    return a * kl + (1 - a) * nn.functional.cross_entropy(u, batch["labels"][:, 1:][mask])
+
+
+class Recorder(TrainerCallback):
+    """The parameters that may train, after each step."""
+
+    def __init__(self, pair):
+        self.pair, self.steps = pair, [self.weights(pair)]
+
+    @staticmethod
+    def weights(pair):
+        return {n: p.detach().clone() for n, p in pair.named_parameters() if p.requires_grad}
+
+    def on_step_end(self, *_, **__):
+        self.steps.append(self.weights(self.pair))
+
+    def moved(self):
+        """For each step, which sides moved."""
+        pairs = zip(self.steps, self.steps[1:], strict=False)
+        return ["".join(sorted({n[0] for n, p in b.items() if not torch.equal(a[n], p)})) for a, b in pairs]
+
+
+def assert_same_weights(one, other):
+    expected = dict(other.named_parameters())
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+# --- the weights that matter least ---
+
+
+def test_saliency_is_the_mean_of_weight_times_gradient(tmp_path):
+    args = config(tmp_path, method="clda", teacher_kl_weight=0.3)
+    student, teacher = tiny.llama(), big()
+    batches = calibration_batches(rows(), Collator(tiny.EOS), args)
+    assert [len(batch["ids"]) for batch in batches] == [4, 4, 4]
+    found = saliency(student, teacher, args, batches)
+    assert all(p.grad is None for p in [*teacher.parameters(), *student.parameters()])
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+    student, teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double().requires_grad_(True)
+    weights = {
+        f"model.layers.{i}.{m}": teacher.get_submodule(f"model.layers.{i}.{m}").weight
+        for i in range(3)
+        for m in MATRICES
+    }
+    assert set(found) == set(weights), "neither embeddings nor lm_head"
+    truth = dict.fromkeys(weights, 0.0)
+    for batch in batches:
+        gradients = torch.autograd.grad(teacher_loss(student, teacher, batch, 0.3), list(weights.values()))
+        for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+            truth[name] += (weight * gradient).abs().mean().item() / len(batches)
+    assert found == pytest.approx(truth, rel=1e-4)
+
+
+def test_the_least_salient_share_is_chosen(tmp_path, monkeypatch):
+    teacher, args = big(), config(tmp_path, method="clda", clda_share=0.3)
+    scores = saliency(tiny.llama(), teacher, args, calibration_batches(rows(), Collator(tiny.EOS), args))
+    chosen = non_salient_modules(tiny.llama(), teacher, args, calibration_batches(rows(), Collator(tiny.EOS), args))
+    assert max(scores[name] for name in chosen) < min(scores[name] for name in scores.keys() - set(chosen))
+    size = {name: teacher.get_submodule(name).weight.numel() for name in scores}
+    held, nxt = sum(size[n] for n in chosen), min(scores.keys() - set(chosen), key=scores.get)
+    assert held <= 0.3 * sum(size.values()) < held + size[nxt]
+    args.clda_share = 1e-9
+    batches = calibration_batches(rows(), Collator(tiny.EOS), args)
+    assert non_salient_modules(tiny.llama(), teacher, args, batches) == [min(scores, key=scores.get)]
+
+
+def test_clda_learns_in_turns_and_the_base_stays(tmp_path):
+    teacher = big()
+    base = copy.deepcopy(teacher)
+    run = trainer(tmp_path, teacher=teacher, method="clda", clda_share=0.3, max_steps=5, warmup_steps=0)
+    training = {n for n, p in run.pair.teacher.named_parameters() if p.requires_grad}
+    assert training and all(".modules_to_save." in n for n in training)
+    with torch.no_grad():
+        assert torch.equal(run.pair.teacher(**feed()).logits, base(**feed()).logits), "it starts at no change"
+    recorder = Recorder(run.pair)
+    run.add_callback(recorder)
+    run.train()
+    assert recorder.moved() == ["s", "t", "s", "t", "s"], "AdamW's momentum must rest too"
+    with torch.no_grad(), base_teacher(run.pair.teacher):
+        assert torch.equal(run.pair.teacher(**feed()).logits, base(**feed()).logits)
+    assert {n for n, p in run.pair.teacher.named_parameters() if p.requires_grad} == training
+
+    both = trainer(tmp_path, method="clda", alternating=False, max_steps=2, warmup_steps=0)
+    recorder = Recorder(both.pair)
+    both.add_callback(recorder)
+    both.train()
+    assert recorder.moved() == ["st", "st"]
+
+
+def test_on_the_teachers_turn_only_its_loss_has_a_gradient(tmp_path):
+    run = trainer(tmp_path, method="clda", clda_share=0.5, teacher_kl_weight=0.3)
+    student, teacher = (copy.deepcopy(m).double() for m in (run.pair.student, run.pair.teacher))
+    run.pair.at(1, 4)
+    batch = Collator(tiny.EOS)(rows(4))
+    loss = run.pair(**{k: batch[k] for k in ("input_ids", "attention_mask", "positions", "targets")})
+    loss.total.backward()
+    assert loss.student.item() > 0 and all(p.grad is None for p in run.pair.student.parameters())
+    teacher_loss(student, teacher, batch, 0.3).backward()
+    truth = {n: p.grad for n, p in teacher.named_parameters() if p.requires_grad}
+    for name, parameter in run.pair.teacher.named_parameters():
+        if name in truth:
+            torch.testing.assert_close(parameter.grad.double(), truth[name], rtol=1e-4, atol=1e-6)
+    run.pair.at(2, 4)
+    run.pair.zero_grad()
+    loss = run.pair(**{k: batch[k] for k in ("input_ids", "attention_mask", "positions", "targets")})
+    loss.total.backward()
+    assert loss.teacher is None and all(p.grad is None for p in run.pair.teacher.parameters())
+
+
+def test_clda_saves_an_adapter_that_plain_peft_loads_and_resumes_in_the_middle(tmp_path):
+    whole = trainer(tmp_path / "whole", method="clda", max_steps=6)
+    whole.train()
+    whole.save_model(str(tmp_path / "out"))
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
+    loaded = PeftModel.from_pretrained(big(), tmp_path / "out" / "teacher_adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**feed()).logits, whole.pair.teacher(**feed()).logits)
+
+    trainer(tmp_path / "parts", method="clda", max_steps=6, save_strategy="steps", save_steps=3).train()
+    checkpoint = tmp_path / "parts" / "checkpoint-3"
+    again = trainer(tmp_path / "parts", method="clda", max_steps=6)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert_same_weights(again.pair, whole.pair)
+
+    other = trainer(tmp_path / "other", method="clda", clda_share=0.5)
+    with pytest.raises(
+        ValueError, match=r"expected the adapter that trains here; \d+ weights are in one of the two only"
+    ):
+        other.train(resume_from_checkpoint=str(checkpoint))
+    given = PeftModel.from_pretrained(big(), checkpoint / "teacher_adapter", is_trainable=True)
+    other = trainer(tmp_path / "other", teacher=given, method="clda", clda_share=0.5, max_steps=6)
+    other.train(resume_from_checkpoint=str(checkpoint))
+    assert_same_weights(other.pair.student, whole.pair.student)
+
+
+def test_non_salient_weights_need_data_to_be_found(tmp_path):
+    with pytest.raises(ValueError, match="expected training data, by which clda finds"):
+        OKDTrainer(tiny.llama(), big(), config(tmp_path, method="clda"), processing_class=tiny.tokenizer())
+
+
+# --- when the teacher learns ---
+
+
+def test_the_teacher_waits_until_online_start(tmp_path):
+    run = trainer(tmp_path, method="okd", online_start=0.5, max_steps=6, warmup_steps=0)
+    forward, graphs = run.pair.teacher_rows, []
+
+    def teacher_rows(batch):
+        rows = forward(batch)
+        graphs.append(rows.requires_grad)
+        return rows
+
+    run.pair.teacher_rows = teacher_rows
+    recorder = Recorder(run.pair)
+    run.add_callback(recorder)
+    run.train()
+    assert recorder.moved() == ["s", "s", "s", "st", "st", "st"]
+    entries = [e for e in run.state.log_history if "student_loss" in e]
+    assert ["teacher_loss" in e for e in entries] == [False] * 3 + [True] * 3
+    assert all(e["online_learning_rate"] == e["learning_rate"] for e in entries)
+    for entry in entries:
+        assert entry["loss"] == pytest.approx(entry["student_loss"] + entry.get("teacher_loss", 0), rel=1e-4)
+    assert sum(graphs) == 3, "no teacher backward is run before"
+
+
+def test_a_loss_of_some_steps_is_averaged_over_those(tmp_path):
+    """Entries of two steps each, of which the teacher learns at one."""
+    single, double = (
+        trainer(tmp_path, method="clda", max_steps=4, logging_steps=n, logging_first_step=False) for n in (1, 2)
+    )
+    for run in (single, double):
+        run.train()
+    teacher = [[e["teacher_loss"] for e in r.state.log_history if "teacher_loss" in e] for r in (single, double)]
+    assert teacher[0] == pytest.approx(teacher[1], rel=1e-6) and len(teacher[0]) == 2
+
+
+def test_online_start_resumes(tmp_path):
+    options = {"method": "okd", "online_start": 0.5, "max_steps": 6}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    trainer(tmp_path / "parts", **options, save_strategy="steps", save_steps=2).train()
+    again = trainer(tmp_path / "parts", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    assert_same_weights(again.pair, whole.pair)
+
+
+def test_early_stopping_watches_the_held_out_loss(tmp_path):
+    options = {"method": "forward_kd", "eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2}
+    run = trainer(tmp_path, **options, learning_rate=0.0, max_steps=20)
+    run.train()
+    assert run.state.global_step == 3, "one evaluation sets the mark, two do not lower it"
+    run = trainer(tmp_path, **options, max_steps=6)
+    run.train()
+    assert run.state.global_step == 6
+    losses = [e["eval_loss"] for e in run.state.log_history if "eval_loss" in e]
+    assert run.state.best_metric == min(losses) == losses[-1]
+
+
+def test_early_stopping_goes_on_counting_after_a_resume(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 4, "learning_rate": 0.0}
+    options |= {"method": "forward_kd", "max_steps": 20}
+    trainer(tmp_path, **options, save_strategy="steps", save_steps=3).train()
+    run = trainer(tmp_path, **options)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert run.state.global_step == 5
+
+
+# --- several teachers ---
+
+
+def adapter(path, seed, **options):
+    """A saved LoRA over `big()` that changes its predictions."""
+    model = get_peft_model(big(), LoraConfig(r=4, **{"target_modules": ["q_proj", "v_proj"], **options}))
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name, model in (("teacher", big()), ("other", tiny.llama(seed=2)), ("student", tiny.llama())):
+        model.save_pretrained(root / name)
+        tiny.tokenizer().save_pretrained(root / name)
+    (root / "train.jsonl").write_text("\n".join(json.dumps(e) for e in tiny.examples(40)))
+    adapter(root / "a", 3)
+    adapter(root / "b", 4, target_modules=["q_proj", "lm_head"])
+    return root
+
+
+def test_members_of_an_ensemble_are_the_teachers(folder):
+    """One base, two adapters over it, and another model: rows and heads of each, in any order of use."""
+    apart = [
+        big(),
+        adapter(folder / "a", 3),
+        adapter(folder / "b", 4, target_modules=["q_proj", "lm_head"]),
+        tiny.llama(seed=2),
+    ]
+    ensemble = load_ensemble(load_model(str(folder / "teacher")), [str(folder / n) for n in ("a", "b", "other")])
+    assert len(ensemble.members) == 4 and len(ensemble.models) == 2
+    assert not any(p.requires_grad for p in ensemble.parameters())
+    assert ensemble.widths == [48, 48, 48, 32]
+    batch = Collator(tiny.EOS)(rows(3))
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    for _ in range(2):
+        for model, (hidden, head) in zip(apart, ensemble(**inputs, positions=batch["positions"]), strict=True):
+            expected = model(**inputs).logits.flatten(0, 1)[batch["positions"]]
+            torch.testing.assert_close(head.logits(hidden), expected, rtol=1e-4, atol=1e-5)
+            assert not hidden.requires_grad
+        assert not any(p.requires_grad for p in ensemble.parameters())
+
+
+def test_the_first_of_several_teachers_is_the_judge(folder):
+    ensemble = load_ensemble(load_model(str(folder / "teacher")), [str(folder / n) for n in ("a", "other")])
+    options = {"rows": rows(6), "pad_token_id": tiny.EOS, "progress": False}
+    ensemble(**feed(), positions=torch.tensor([1]))  # leaves another adapter active
+    found = divergence_metrics(tiny.llama(), ensemble, **options)
+    assert found == pytest.approx(divergence_metrics(tiny.llama(), big(), **options), rel=1e-6)
+    tuned = adapter(folder / "a", 3)
+    found = divergence_metrics(tiny.llama(), Ensemble([tuned, big()]), **options)
+    apart = divergence_metrics(tiny.llama(), adapter(folder / "a", 3).merge_and_unload(), **options)
+    assert found == pytest.approx(apart, rel=1e-4)
+
+
+def test_a_judge_with_a_prompt_is_refused():
+    prompted = get_peft_model(big(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="expected a first teacher, which judges, without prompt or prefix"):
+        Ensemble([prompted, big()])
+    assert len(Ensemble([big(), prompted]).members) == 2
+
+
+def test_the_number_of_teachers_fits_the_method(tmp_path):
+    with pytest.raises(
+        ValueError, match="one teacher for method okd; got 2: pass one, or use gated_ensemble or rl_multi"
+    ):
+        trainer(tmp_path, teacher=[big(), big(2)])
+    with pytest.raises(ValueError, match="expected several teachers for method gated_ensemble; got one: pass"):
+        trainer(tmp_path, teacher=[big()], method="gated_ensemble")
+    assert trainer(tmp_path, teacher=[big()]).pair.teacher.peft_config
+
+
+# --- the command line ---
+
+
+def train(folder, output, method, *options):
+    paths = ("--teacher", str(folder / "teacher"), "--student", str(folder / "student"), "--output-dir", str(output))
+    data = ("--train-file", str(folder / "train.jsonl"), "--eval-answers", "0", "--max-steps", "4", "--use-cpu")
+    return main(["train", method, *paths, *data, "--disable-tqdm", "true", "--learning-rate", "1e-2", *options])
+
+
+def test_online_teacher_with_a_method_whose_teacher_is_frozen(folder, tmp_path):
+    assert train(folder, tmp_path, "reverse_kd", "--online-teacher", "--logging-steps", "1") == 0
+    saved = PeftModel.from_pretrained(big(), tmp_path / "teacher_adapter")
+    with torch.no_grad():
+        assert (saved(**feed()).logits - big()(**feed()).logits).abs().max() > 1e-3, "it has learned"
+
+
+@pytest.mark.parametrize("method", ["sft", "gated_ensemble", "rl_multi_teacher"])
+def test_online_teacher_is_refused_elsewhere(method):
+    with pytest.raises(ValueError, match=f"online_teacher with a method that distils from one teacher; got {method}"):
+        OKDConfig(method=method, online_teacher=True)
+
+
+def test_several_teachers_from_the_command_line(folder, tmp_path, capsys):
+    more = [str(folder / "a"), str(folder / "other")]
+    assert train(folder, tmp_path / "run", "rl_multi_teacher", "--more-teachers", *more) == 0
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    assert "selection.safetensors" in files and "teacher_adapter" not in files
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert found["after"]["perplexity"] < found["before"]["perplexity"]
+    written, _ = parse_train(["--config", str(tmp_path / "run" / "config.yaml")])
+    assert written.more_teachers == more
+    capsys.readouterr()
+    assert train(folder, tmp_path / "x", "okd", "--more-teachers", *more) == 2
+    assert "expected one teacher for method okd; got 3" in capsys.readouterr().err
+    assert train(folder, tmp_path / "x", "gated_ensemble") == 2
+    assert "--more-teachers" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_tokenizers_of_all_teachers_are_compared(folder, tmp_path, capsys):
+    tiny.llama(seed=2).save_pretrained(tmp_path / "odd")
+    tiny.tokenizer(vocab=60).save_pretrained(tmp_path / "odd")
+    more = ("--more-teachers", str(folder / "a"), str(tmp_path / "odd"))
+    assert train(folder, tmp_path / "run", "gated_ensemble", *more) == 2
+    assert "share a tokenizer; 4 tokens differ" in capsys.readouterr().err
+
+
+def test_the_student_of_a_shared_base_has_no_adapters(folder, tmp_path):
+    arguments = [
+        "train",
+        "gated_ensemble",
+        "--teacher",
+        str(folder / "teacher"),
+        "--student-layers",
+        "0,2",
+        "--use-cpu",
+    ]
+    arguments += ["--more-teachers", str(folder / "a"), "--train-file", str(folder / "train.jsonl"), "--max-steps", "1"]
+    assert main([*arguments, "--eval-answers", "0", "--output-dir", str(tmp_path)]) == 0
+    student = load_model(str(tmp_path / "student"))
+    assert not [n for n, _ in student.named_parameters() if "lora" in n] and student.config.num_hidden_layers == 2
+
+
+def test_a_resumed_run_does_not_choose_the_weights_again(folder, tmp_path, monkeypatch):
+    saving = ("--save-strategy", "steps", "--save-steps", "3")
+    assert train(folder, tmp_path / "whole", "clda", *saving) == 0
+    compute_loss = OKDTrainer.compute_loss
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return compute_loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OKDTrainer, "compute_loss", interrupted)
+        assert train(folder, tmp_path / "parts", "clda", *saving) == 130
+    monkeypatch.setattr(teachers, "saliency", None)
+    assert train(folder, tmp_path / "parts", "clda", *saving, "--resume") == 0
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts")]
+    assert metrics[0]["before"] == metrics[1]["before"] and metrics[0]["after"] == metrics[1]["after"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"online_start": 1.5}, r"online_start in \[0, 1\], a share of the training; got 1.5"),
+        ({"selection_warmup": -1.0}, r"selection_warmup in \[0, 1\]"),
+        ({"clda_share": 0.0}, r"clda_share in \(0, 1\], a share of the weights; got 0.0"),
+        ({"method": "forward_kd", "alternating": True}, "expected alternating with a method whose teacher learns"),
+        ({"early_stopping_patience": 2}, "evaluations to watch; got 2 and no evaluations: pass eval_strategy"),
+        ({"early_stopping_patience": 0, "eval_strategy": "steps", "eval_steps": 1}, "patience of at least 1"),
+    ],
+)
+def test_config_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        OKDConfig(**options)
