@@ -109,9 +109,9 @@ def mixkd(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Distill
     """L_distill(x) + a_SM CE_mix + a_TMKD D(p(mixed), q(mixed)) (MixKD, arXiv 2011.00593).
 
     Each row i of the batch meets another one, j (a row alone meets itself): both models read lambda e_i + (1 - lambda)
-    e_j, each of its own embeddings, lambda ~ Beta(a, a), as far as both texts reach. CE_mix is lambda CE(q, y_i) + (1 -
-    lambda) CE(q, y_j). The last two terms are summed over positions before a response token of both rows, and divided
-    as the first is: a mixed token weighs as much as a plain one, however few there are.
+    e_j, each of its own embeddings, lambda ~ Beta(a, a). CE_mix is lambda CE(q, y_i) + (1 - lambda) CE(q, y_j). The
+    last two terms are summed over positions before a response token of both rows, which see no padding, and divided as
+    the first is: a mixed token weighs as much as a plain one, however few there are.
 
     Where the teacher learns, it learns from plain text; on mixed text it is held still.
     """
@@ -125,7 +125,7 @@ def mixkd(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Distill
     def mixed_rows(model: Any) -> Tensor:
         embedded = model.get_input_embeddings()(ids)
         mixed = torch.lerp(embedded[partner], embedded, shares.to(embedded.dtype).view(-1, 1, 1))
-        return hidden_states(model, None, mask * mask[partner], inputs_embeds=mixed).flatten(0, 1)[positions]
+        return hidden_states(model, None, mask, inputs_embeds=mixed).flatten(0, 1)[positions]
 
     labels = torch.full_like(ids, IGNORE).flatten().scatter(0, positions, targets).view_as(ids)
     others = labels[partner].flatten()[positions]  # (N,) the other row's token at the same place, or none
