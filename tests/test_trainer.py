@@ -27,7 +27,7 @@ def config(tmp_path, **options):
         "disable_tqdm": True,
         "use_cpu": True,
         "learning_rate": 1e-2,
-        "max_new_tokens": 8,
+        "max_new_tokens": 32,
     }
     return OKDConfig(**{**defaults, **options})
 

@@ -1,0 +1,399 @@
+"""Who writes a batch: the policies by themselves, and whole runs of the methods that sample."""
+
+import copy
+import json
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from okd import OKDConfig, OKDTrainer
+from okd.cli import main
+from okd.data import Collator, encode
+from okd.decoding import Draw, write
+from okd.sampling import POLICIES, rows_of
+
+
+def trainer(tmp_path, method="gkd", student=None, teacher=None, **options):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "method": method,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "learning_rate": 1e-2,
+        "max_new_tokens": 8,
+    }
+    return OKDTrainer(
+        student or tiny.llama(),
+        teacher or tiny.llama(seed=1, layers=3, hidden=48),
+        OKDConfig(**{**defaults, **options}),
+        train_dataset=tiny.examples(),
+        eval_dataset=tiny.examples(8, seed=9),
+        processing_class=tiny.tokenizer(),
+    )
+
+
+def rows(n=4):
+    return encode(tiny.examples(n), tiny.tokenizer(), max_length=32).rows
+
+
+def batch(n=4):
+    return Collator(tiny.EOS)(rows(n))
+
+
+# --- a written row ---
+
+
+def test_a_written_row_is_its_prompt_and_one_response(tmp_path):
+    sampler = trainer(tmp_path, student_share=1.0).sampler
+    given = rows(8)
+    found = sampler.respond(given)
+    for old, new in zip(given, found, strict=True):
+        assert new["id"] == old["id"] and new["student_written"] is True
+        assert new["input_ids"][:3] == old["input_ids"][:3] and new["labels"][:3] == [-100] * 3
+        response = new["input_ids"][3:]
+        assert new["labels"][3:] == response and tiny.EOS not in response[:-1]
+        assert response[-1] == tiny.EOS or len(response) == 8, "an end that was written is a response token"
+    assert [row["input_ids"] for row in found] != [row["input_ids"] for row in given]
+
+
+def test_it_is_what_the_student_writes(tmp_path):
+    """Prompt, ends, limit and numbers reach the decoder, whose tests are elsewhere."""
+    student = tiny.llama()
+    student.generation_config.eos_token_id = [tiny.EOS, 5, 7]
+    run = trainer(tmp_path, student=student, sampling_temperature=0.8, sampling_top_p=0.9, sampling_top_k=20)
+    run.sampler.generator.manual_seed(3)
+    found = run.sampler.respond(rows())
+    expected = write(
+        student.eval(),
+        [row["input_ids"][:3] for row in rows()],
+        [8] * 4,
+        ends=[tiny.EOS, 5, 7],
+        vocab_size=tiny.VOCAB,
+        generator=torch.Generator().manual_seed(3),
+        draw=Draw(0.8, 0.9, 20),
+    )
+    assert [row["input_ids"][3:] for row in found] == expected.responses
+
+
+def test_rows_that_cannot_be_written_stay(tmp_path):
+    text = {"id": "text", "input_ids": [4, 5, 6], "labels": [-100, 5, 6]}
+    long = {"id": "long", "input_ids": [*range(2, 34), 6], "labels": [-100] * 32 + [6]}
+    almost = {"id": "almost", "input_ids": [*range(2, 32), 6], "labels": [-100] * 30 + [6]}
+    turns = {"id": "turns", "input_ids": [2, 3, 4, 5, 6, 7], "labels": [-100, -100, 4, -100, 6, -100]}
+    sampler = trainer(tmp_path, max_length=32).sampler
+    found = sampler.respond([text, long, almost, turns])
+    assert found[:2] == [text, long]
+    assert found[2]["input_ids"][:30] == almost["input_ids"][:30] and 31 <= len(found[2]["input_ids"]) <= 32
+    assert found[3]["input_ids"][:2] == [2, 3] and found[3]["labels"][:3] == [-100, -100, found[3]["input_ids"][2]]
+    assert sampler.respond([text]) == [text] and sampler.logs().get("generated_tokens_per_second") is None
+    assert POLICIES["paired"](sampler, [text, turns])[0] == text, "once, not twice"
+
+
+def test_no_row_is_longer_than_the_positions_of_a_model(tmp_path):
+    sampler = trainer(tmp_path, max_new_tokens=500).sampler  # max_length 512, 64 positions
+    sampler._ends = set  # never ends
+    assert [len(row["input_ids"]) for row in sampler.respond(rows(2))] == [64, 64]
+
+
+def test_ids_are_those_that_both_models_know(tmp_path):
+    run = trainer(tmp_path, student=tiny.llama(vocab=80), vocab_size=64, sampling_temperature=50.0, max_new_tokens=40)
+    assert max(max(row["input_ids"]) for row in run.sampler.respond(rows(8))) < 64
+
+
+# --- seeds, and what sampling leaves alone ---
+
+
+def ids_of(batches):
+    return [b["input_ids"].tolist() for b in batches]
+
+
+def test_the_numbers_follow_seed_step_batch_and_process(tmp_path):
+    run = trainer(tmp_path, student_share=1.0, gradient_accumulation_steps=2)
+    first = ids_of(run.sampler([batch(), batch()], step=3))
+    assert first[0] != first[1], "two batches of a step"
+    run.sampler([batch()], step=2)
+    assert ids_of(run.sampler([batch(), batch()], step=3)) == first, "whatever was drawn before"
+    assert ids_of(run.sampler([batch()], step=4))[0] not in first
+    run.args.seed = 43
+    assert ids_of(run.sampler([batch(), batch()], step=3)) != first
+
+
+def test_processes_agree_who_writes_but_not_what(tmp_path, monkeypatch):
+    runs = [trainer(tmp_path) for _ in range(2)]
+    monkeypatch.setattr(type(runs[1].args), "process_index", property(lambda self: self.__dict__.get("rank", 0)))
+    runs[1].args.__dict__["rank"] = 1
+    coins, same = [], 0
+    for step in range(40):
+        (a,), (b,) = (run.sampler([batch()], step) for run in runs)
+        assert a["student_written"].tolist() == b["student_written"].tolist()
+        coins.append(a["student_written"].any().item())
+        same += ids_of([a]) == ids_of([b])
+    assert 12 <= sum(coins) <= 28, "half of the batches"
+    assert same == 40 - sum(coins)
+
+
+@pytest.mark.parametrize("method", ["gkd", "skd", "okd"])
+def test_sampling_leaves_modes_gradients_and_random_state_alone(method, tmp_path):
+    """And dropout is off meanwhile: equal numbers give equal rows."""
+    student = get_peft_model(
+        tiny.llama(), LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.5, init_lora_weights=False)
+    )
+    run = trainer(tmp_path, method, student=student, online_teacher=method != "okd", online_dropout=0.5)
+    run.pair.train()
+    student.base_model.model.model.norm.eval()  # a frozen part in another mode than its parent
+    flags = [m.training for m in run.pair.modules()] + [p.requires_grad for p in run.pair.parameters()]
+    state = torch.get_rng_state()
+    found = []
+    for _ in range(2):
+        run.sampler.generator.manual_seed(0)
+        found.append([run.sampler.respond(rows(), writer) for writer in ("student", "teacher", "both")])
+    assert found[0] == found[1]
+    assert flags == [m.training for m in run.pair.modules()] + [p.requires_grad for p in run.pair.parameters()]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(p.grad is not None for p in run.pair.parameters())
+
+
+def test_tokens_of_the_written_batches_are_counted(tmp_path):
+    run = trainer(tmp_path, student_share=1.0, gradient_accumulation_steps=2)
+    batches, count = run.get_batch_samples(iter([batch(), batch(3)]), 2, torch.device("cpu"))
+    expected = sum(label != -100 for b in batches for row in rows_of(b) for label in row["labels"])
+    assert count.item() == expected == sum(len(b["targets"]) for b in batches)
+    assert count.item() != sum(len(b["targets"]) for b in (batch(), batch(3)))
+
+
+# --- the policies ---
+
+
+def random_module(run):
+    for name, parameter in run.pair.teacher.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=2.0)
+
+
+def test_the_teacher_writes_as_it_was_and_judges_as_it_is(tmp_path):
+    base = tiny.llama(seed=1, layers=3, hidden=48).eval()
+    runs = [trainer(tmp_path, "skd"), trainer(tmp_path, "skd", online_teacher=True)]
+    random_module(runs[1])
+    found = {}
+    for writer in ("teacher", "both"):
+        for i, run in enumerate(runs):
+            run.sampler.generator.manual_seed(0)
+            found[writer, i] = run.sampler.respond(rows(), writer)
+    assert found["teacher", 0] == found["teacher", 1] and found["both", 0] != found["both", 1]
+    options = {"ends": [tiny.EOS], "vocab_size": tiny.VOCAB, "draw": Draw()}
+    prompts = [row["input_ids"][:3] for row in rows()]
+    expected = write(base, prompts, [8] * 4, generator=torch.Generator().manual_seed(0), **options)
+    assert [row["input_ids"][3:] for row in found["teacher", 0]] == expected.responses
+    assert not any("student_written" in row for row in found["teacher", 0])
+
+
+def test_a_frozen_teachers_own_adapter_is_the_teacher(tmp_path):
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    torch.manual_seed(0)
+    teacher = get_peft_model(tiny.llama(seed=1), adapter)
+    merged = copy.deepcopy(teacher).merge_and_unload()
+    found = []
+    for model in (teacher, merged):
+        sampler = trainer(tmp_path, "seqkd", teacher=model).sampler
+        sampler.generator.manual_seed(0)
+        found.append(sampler.respond(rows(), "teacher"))
+    assert found[0] == found[1]
+
+
+def test_interleaved_takes_its_options(tmp_path):
+    run = trainer(tmp_path, "skd", skd_gamma=3, skd_top_k=12, skd_student_temperature=1.5, skd_top_p=0.9)
+    run.sampler.generator.manual_seed(0)
+    found = run.sampler.respond(rows(), "both")
+    options = {"ends": [tiny.EOS], "vocab_size": tiny.VOCAB, "draw": Draw(1.5, 0.9), "teacher_draw": Draw(0.2, 0.9)}
+    written = write(
+        run.pair.student.eval(),
+        [row["input_ids"][:3] for row in rows()],
+        [8] * 4,
+        teacher=run.pair.teacher,
+        top_k=12,
+        generator=torch.Generator().manual_seed(0),
+        **options,
+    )
+    assert [row["input_ids"][3:] for row in found] == written.responses
+    assert run.sampler.logs()["acceptance_rate"] == written.accepted / written.tokens
+    assert 0 < written.accepted < written.tokens
+
+
+def test_paired_rows(tmp_path):
+    sampler = trainer(tmp_path).sampler
+    found = POLICIES["paired"](sampler, rows(3))
+    assert [row["id"] for row in found] == [row["id"] for row in rows(3)] * 2
+    assert [bool(row.get("student_written")) for row in found] == [False] * 3 + [True] * 3
+    assert all(a["input_ids"][:3] == b["input_ids"][:3] for a, b in zip(found[:3], found[3:], strict=True))
+    assert [a["input_ids"] for a in found[:3]] != [b["input_ids"] for b in found[3:]]
+
+
+def test_distillm_schedule(tmp_path):
+    """Against the rule of the paper, step by step: dataset, generate and push, replay."""
+    run = trainer(tmp_path, "distillm", replay_size=20, eval_strategy="steps", eval_steps=1, max_steps=400)
+    sampler, count = run.sampler, 0
+
+    def respond(given):
+        nonlocal count
+        count += len(given)
+        return [{**row, "id": f"{count - len(given) + i}", "student_written": True} for i, row in enumerate(given)]
+
+    sampler.respond = respond
+    seen, buffer, total = {"dataset": 0, "generate": 0, "replay": 0}, [], 400
+    for t in range(total):
+        phi = sampler.state["phi"] = 0.0 if t < 20 else 0.7
+        run.pair.progress = t / total
+        (found,) = sampler([batch(3)], t)
+        u = sampler.coin
+        if u < phi * (1 - t / total) or (u < phi and len(buffer) < 20):
+            kind, names = "generate", [str(count - 3 + i) for i in range(3)]
+            buffer = (buffer + names)[-20:]
+            assert found["ids"] == names
+        elif u < phi:
+            kind = "replay"
+            assert set(found["ids"]) <= set(buffer) and len(set(found["ids"])) == 3
+        else:
+            kind = "dataset"
+            assert found["ids"] == batch(3)["ids"]
+        seen[kind] += 1
+        assert found["student_written"].all().item() is (kind != "dataset")
+        assert [row["id"] for row in sampler.state["buffer"]] == buffer
+    assert min(seen.values()) > 60 and sum(seen.values()) == 400
+    json.dumps(sampler.state)
+
+
+def test_phi_grows_when_the_held_out_loss_rises_by_a_tenth(tmp_path):
+    sampler = trainer(tmp_path, "distillm", eval_strategy="steps", eval_steps=1).sampler
+    phis = []
+    for loss in (3.0, 3.0625, 3.1875, 2.0, 2.125, 2.0, *[2.0 + k for k in range(12)]):
+        sampler.on_evaluate(loss)
+        phis.append(round(sampler.state["phi"], 3))
+    assert phis[:6] == [0, 0, 0.1, 0.1, 0.2, 0.2]
+    assert phis[6:] == [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 1.0, 1.0]
+    assert sampler.logs()["phi"] == 1.0
+
+
+def test_says_that_phi_will_never_move(tmp_path, caplog):
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    trainer(tmp_path, "distillm")
+    (said,) = [r.getMessage() for r in caplog.records if "eval_strategy" in r.getMessage()]
+    caplog.clear()
+    trainer(tmp_path, "distillm", eval_strategy="steps", eval_steps=2)
+    trainer(tmp_path, "gkd")
+    logging.disable_propagation()
+    assert "every batch will be the dataset's: set eval_strategy=steps" in said
+    assert not [r for r in caplog.records if "eval_strategy" in r.getMessage()]
+
+
+# --- whole runs ---
+
+ADAPTIVE = {"eval_strategy": "steps", "eval_steps": 1, "replay_size": 8}
+
+
+@pytest.fixture
+def eager_phi(monkeypatch):
+    """Every evaluation raises phi, so that a short run generates and replays."""
+    monkeypatch.setattr("okd.sampling.LOSS_RISE", -100.0)
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("method", ["gkd", "imitkd", "skd", "distillm", "seqkd"])
+def test_learns(method, online, tmp_path, eager_phi):
+    """With accumulation, from any teacher, and what is logged on the way."""
+    if method == "seqkd" and online:
+        with pytest.raises(ValueError, match="expected online_teacher with a method that distils"):
+            trainer(tmp_path, method, online_teacher=True)
+        return
+    options = {**ADAPTIVE, "eval_steps": 4} if method == "distillm" else {}
+    run = trainer(tmp_path, method, max_steps=24, gradient_accumulation_steps=2, online_teacher=online, **options)
+    before = run.evaluate()["eval_forward_kl"]
+    run.train()
+    factor = 0.85 if method == "seqkd" else 0.7  # one sampled token says less than a whole distribution
+    assert run.evaluate()["eval_forward_kl"] < factor * before
+    entries = [e for e in run.state.log_history if "student_loss" in e]
+    assert len(entries) == 24 and all(0 < e["generating_share"] < 1 for e in entries)
+    assert ("teacher_loss" in entries[0]) is online
+    shares = [e["student_written_share"] for e in entries]
+    assert {"skd": max(shares) == 0, "seqkd": max(shares) == 0}.get(method, 0.2 < sum(shares) / 24 < 0.8), shares
+    if method == "skd":
+        assert all(0 < e["acceptance_rate"] <= 1 for e in entries)
+    if method == "distillm":
+        assert entries[-1]["phi"] > 0.4 and entries[-1]["replay_rows"] == 8
+    if method != "distillm":
+        assert max(e["generated_tokens_per_second"] for e in entries) > 1
+
+
+@pytest.mark.parametrize("method", ["gkd", "skd", "distillm"])
+def test_resume_equals_not_stopping(method, tmp_path, eager_phi):
+    """Buffer, phi and numbers too: bit for bit."""
+    options = {"max_steps": 10, **(ADAPTIVE if method == "distillm" else {})}
+    whole = trainer(tmp_path / "whole", method, **options)
+    whole.train()
+    trainer(tmp_path / "parts", method, save_strategy="steps", save_steps=6, **options).train()
+    again = trainer(tmp_path / "parts", method, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-6"))
+    expected = dict(whole.pair.named_parameters())
+    for name, parameter in again.pair.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    assert again.sampler.state == whole.sampler.state
+    if method == "distillm":
+        assert len(whole.sampler.state["buffer"]) == 8 and whole.sampler.state["phi"] == pytest.approx(0.9)
+        kinds = [e["student_written_share"] for e in again.state.log_history if "student_loss" in e]
+        assert sum(kinds[:6]) > 0 and sum(kinds[6:]) > 0, "the student writes before and after the checkpoint"
+
+
+def test_skd_from_the_command_line(tmp_path):
+    for name, model in (("teacher", tiny.llama(seed=1, layers=3, hidden=48)), ("student", tiny.llama())):
+        model.save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(e) for e in tiny.examples(40)))
+    arguments = ["train", "skd", "--teacher", str(tmp_path / "teacher"), "--student", str(tmp_path / "student")]
+    arguments += ["--train-file", str(tmp_path / "train.jsonl"), "--output-dir", str(tmp_path / "run"), "--use-cpu"]
+    arguments += ["--max-steps", "8", "--max-new-tokens", "6", "--skd-top-k", "12", "--skd-gamma", "3"]
+    arguments += ["--learning-rate", "1e-2", "--eval-answers", "0", "--disable-tqdm", "true", "--online-teacher"]
+    assert main(arguments) == 0
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert found["method"] == "skd" and found["after"]["forward_kl"] < 0.9 * found["before"]["forward_kl"]
+    assert (tmp_path / "run" / "teacher_adapter").is_dir()
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"student_share": 1.5}, "student_share between 0 and 1; got 1.5"),
+        ({"method": "skd", "student_share": 0.5}, "student_share with a method whose student writes.*got it with skd"),
+        ({"max_new_tokens": 0}, "max_new_tokens of at least 1; got 0"),
+        ({"sampling_temperature": 0}, "sampling_temperature > 0; got 0: a small one is greedy"),
+        ({"sampling_top_p": 0}, r"sampling_top_p in \(0, 1\]; got 0"),
+        ({"sampling_top_k": -1}, "sampling_top_k of at least 0; got -1"),
+        ({"skd_gamma": 0}, "skd_gamma of at least 1"),
+        ({"replay_size": 0}, "replay_size of at least 1"),
+    ],
+)
+def test_config_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        OKDConfig(**{"method": "gkd", **options})
+
+
+def test_refuses_sharded_models(tmp_path):
+    run = trainer(tmp_path)
+    run.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match=r"expected whole models on each process with method gkd.*use DDP"):
+        run.train()
+
+
+def test_says_that_the_state_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"sampler_0.json: expected the sampler's state of this run"):
+        trainer(tmp_path).sampler.load(tmp_path / "sampler_0.json")
