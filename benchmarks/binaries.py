@@ -26,7 +26,7 @@ class Assembly:
     instruction: str  # groups: predicate, name, operands
     target: str  # a label among the operands
     jump: str  # names that leave a block for good unless predicated
-    returns: str  # names that would return from a subroutine
+    untraced: str  # names that jump to an address in a register: returns, tables
     issued: str  # names that take a slot of the vector issue
     special: str  # exp2, log2, reciprocal, square root
     access: str  # global loads and stores; groups: kind, width
@@ -37,8 +37,8 @@ SASS = Assembly(
     label=r"^(\.L_\w+):",
     instruction=r"^\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);",
     target=r"`\((\.L_\w+)\)",
-    jump=r"(BRA|EXIT|BRX|JMP)(\.|$)",
-    returns=r"RET",
+    jump=r"(BRA|EXIT)(\.|$)",
+    untraced=r"(RET|BRX|JMX|JMP)(\.|$)",
     issued=r"(?!NOP)",
     special=r"MUFU",
     access=r"(LDG|STG)\.E(?:\.\D[A-Z]+\w*)*?(?:\.(256|128|64|U16|S16|U8|S8))?(?:\.|$)",
@@ -49,7 +49,7 @@ GCN = Assembly(
     instruction=r"^\t()([a-z]\w+)([^;]*)",
     target=r"(\.LBB\w+)",
     jump=r"s_(branch|endpgm)$",
-    returns=r"s_(setpc|swappc)",
+    untraced=r"s_(setpc|swappc)",
     issued=r"v_",  # scalar and memory instructions issue beside them
     special=r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_",
     access=r"(?:global|buffer)_(load|store)_(dwordx4|dwordx3|dwordx2|dword|ushort|short|ubyte|byte)",
@@ -101,8 +101,8 @@ def blocks(assembly: str, syntax: Assembly) -> tuple[nx.DiGraph, list[list[str]]
 def passes(assembly: str, syntax: Assembly) -> list[dict[str, int]]:
     """Of each loop that loads, in program order, what one thread does in an iteration."""
     graph, names = blocks(assembly, syntax)
-    if any(re.match(syntax.returns, name) for block in names for name in block):
-        raise ValueError("expected a kernel without subroutines: instructions of a call would not be counted")
+    if any(re.match(syntax.untraced, name) for block in names for name in block):
+        raise ValueError("expected a kernel without subroutines or jump tables: they would not be counted")
     counts = []
     loops = [part for part in nx.strongly_connected_components(graph) if graph.subgraph(part).edges]
     for loop in sorted(loops, key=min):

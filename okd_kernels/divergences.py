@@ -35,7 +35,6 @@ except ImportError:  # macOS, Windows: the torch backend needs no rules
         return None
 
 
-LOG2_E = 1.4426950408889634
 TINY = 1e-37  # floor of a mixture before its logarithm: above fp32's smallest normal number
 
 

@@ -12,18 +12,20 @@ Shapes: n rows of this chunk, V vocabulary. Strides count elements.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from okd_kernels.divergences import DIVERGENCES, LOG2_E, Objective, exp
+from okd_kernels.divergences import DIVERGENCES, Objective, exp
 from okd_kernels.rows import FLOOR, INFINITE, STATISTICS, Side
 
 BLOCK_V = 2048
 _FLOOR = tl.constexpr(FLOOR)
 _INFINITE = tl.constexpr(INFINITE)
-_LOG2_E = tl.constexpr(LOG2_E)
+_LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 def launch_options(is_cuda: bool) -> dict[str, int]:
