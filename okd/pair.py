@@ -122,4 +122,8 @@ class StudentTeacher(nn.Module):
         self.student.gradient_checkpointing_enable(**options)
         if self.teacher is not None and self.args.online:
             self.teacher.gradient_checkpointing_enable(**options)
-            self.teacher.enable_input_require_grads()
+            chosen = options.get("gradient_checkpointing_kwargs") or {}
+            if not chosen.get("use_reentrant", False):
+                # For reentrant checkpoints, transformers gives the embeddings' output a gradient. It would take the
+                # backward pass through every frozen layer below the first adapted one.
+                self.teacher.disable_input_require_grads()
