@@ -13,20 +13,18 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from okd.config import METHODS, OKDConfig
 from okd.models import check_head, hidden_states, load_model
 from okd.objectives import divergence
 from okd.pair import StudentTeacher
 from okd_kernels import LinearHead
-
-if TYPE_CHECKING:
-    from okd.config import OKDConfig
 
 CALIBRATION_BATCHES = 8  # of the training batch size, spread over the training data
 
@@ -75,8 +73,6 @@ def prepare_teacher(
 
 def check_number_of_teachers(args: OKDConfig, n: int) -> None:
     """Raise ValueError unless the method takes so many teachers."""
-    from okd.config import METHODS
-
     if n > 1 and args.preset.selection is None:
         names = " or ".join(name for name, method in METHODS.items() if method.selection)
         raise ValueError(f"expected one teacher for method {args.method}; got {n}: pass one, or use {names}")
