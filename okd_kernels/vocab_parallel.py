@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from okd_kernels.arguments import check_objectives, check_temperature, chunk_workspace, common_shape, gemm_operands
 from okd_kernels import memory
+from okd_kernels.arguments import check_objectives, check_temperature, chunk_workspace, common_shape, gemm_operands
 from okd_kernels.chunks import Model, _backward, chunk_rows, project
 from okd_kernels.divergences import DIVERGENCES, Objective
 from okd_kernels.heads import LinearHead
