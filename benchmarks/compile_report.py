@@ -34,7 +34,7 @@ from triton.compiler import ASTSource
 from benchmarks.binaries import read
 from benchmarks.machines import MACHINES, Shape, bounds
 from okd_kernels import DIVERGENCES, Objective
-from okd_kernels.row_kernel import BLOCK_V, _row_kernel, constants, launch_options
+from okd_kernels.row_kernel import LAUNCH, _row_kernel, constants
 from okd_kernels.rows import Side
 
 TARGETS = {
@@ -63,13 +63,14 @@ def compile_row_kernel(
     bias=False,
     gradient="bf16",
     vocab=Shape.vocab,
+    launch=LAUNCH,
 ):
     """The compiled kernel of one case; logits fp32, rows padded as `okd_kernels.chunks` pads them."""
     tensor = torch.empty(0)
     student, teacher = (
         Side(tensor, o, None if o is None else tensor, tensor if bias else None, 1.0, softcap) for o in objectives
     )
-    fixed = constants(student, teacher, True, temperature, teacher_share)
+    fixed = {**constants(student, teacher, True, temperature, teacher_share), "BLOCK": launch.block}
     names = _row_kernel.arg_names
     pointers = {"dz_ptr": gradient, "du_ptr": gradient, "labels_ptr": "i64"}
     signature = {}
@@ -87,7 +88,7 @@ def compile_row_kernel(
     aligned = [i for i, name in enumerate(names) if name.endswith(endings)]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(_row_kernel, signature, fixed, attributes)
-    return triton.compile(source, target=target, options=launch_options(target.backend == "cuda"))
+    return triton.compile(source, target=target, options=launch.options(target.backend == "cuda"))
 
 
 def per_logit(counts: list[dict[str, int]], threads: int, bias: bool, stored: float) -> list[dict[str, float]]:
@@ -97,7 +98,7 @@ def per_logit(counts: list[dict[str, int]], threads: int, bias: bool, stored: fl
         ValueError: an iteration does not read one block of both rows, or the last pass does not write `stored` bytes a
             logit: the loop was unrolled or the kernel changed, and what follows would be wrong.
     """
-    logits = 2 * BLOCK_V / threads
+    logits = 2 * LAUNCH.block / threads
     passes = [{name: n / logits for name, n in one.items()} for one in counts]
     expected = [(8.0 if bias else 4.0, stored if one is counts[-1] else 0.0) for one in counts]
     found = [(one["loaded_bytes"], one["stored_bytes"]) for one in passes]

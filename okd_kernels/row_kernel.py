@@ -13,6 +13,7 @@ Shapes: n rows of this chunk, V vocabulary. Strides count elements.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,16 +23,28 @@ from torch import Tensor
 from okd_kernels.divergences import DIVERGENCES, Objective, exp
 from okd_kernels.rows import FLOOR, INFINITE, STATISTICS, Side
 
-BLOCK_V = 2048
 _FLOOR = tl.constexpr(FLOOR)
 _INFINITE = tl.constexpr(INFINITE)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 
-def launch_options(is_cuda: bool) -> dict[str, int]:
-    """Eight warps a row. Given 128 registers a thread, ptxas spills in no case, and two rows still share an SM; left to
-    itself it squeezes some cases further and spills a little."""
-    return {"num_warps": 8, **({"maxnreg": 128} if is_cuda else {})}
+class Launch(NamedTuple):
+    """How a row is worked on. Fixed rather than tuned at run time: a trial would overwrite the logits, and synchronise.
+
+    Given 128 registers a thread, ptxas spills in no case, and two rows share a multiprocessor; left to itself it
+    squeezes some cases further and spills a little. `benchmarks.tune` times `LAUNCHES` on a GPU.
+    """
+
+    block: int = 2048  # columns at a time
+    warps: int = 8
+    registers: int = 128  # that a thread may take; CUDA only
+
+    def options(self, is_cuda: bool) -> dict[str, int]:
+        return {"num_warps": self.warps, **({"maxnreg": self.registers} if is_cuda else {})}
+
+
+LAUNCH = Launch()
+LAUNCHES = (LAUNCH, Launch(1024, 4), Launch(2048, 4), Launch(2048, 8, 80), Launch(4096, 8), Launch(4096, 16))
 
 
 @triton.jit
@@ -309,7 +322,6 @@ def constants(
         U_SOFTCAP=teacher.softcap is not None,
         DZ=student.gradient is not None,
         DU=teacher.gradient is not None,
-        BLOCK=BLOCK_V,
         N_STATISTICS=len(STATISTICS),
     )
 
@@ -329,6 +341,7 @@ def triton_rows(
     vocab_size: int,
     temperature: float,
     teacher_share: float = 1.0,
+    launch: Launch = LAUNCH,
 ) -> None:
     """Fill losses, statistics and both gradients of n rows. Ignored rows keep zeros. No host synchronisation."""
     z, u = student.logits, teacher.logits
@@ -358,5 +371,6 @@ def triton_rows(
             *_scalars(student.objective),
             *_scalars(teacher.objective),
             **constants(student, teacher, labels is not None, temperature, teacher_share),
-            **launch_options(torch.version.cuda is not None),
+            BLOCK=launch.block,
+            **launch.options(torch.version.cuda is not None),
         )

@@ -16,15 +16,19 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SOFTCAP = "okd, temperature, softcap, bias"
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """From a process of its own: this one decorates its kernels for the interpreter."""
+def compiling(cache, *arguments):
+    """JSON that Python prints in a process of its own: this one decorates its kernels for the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-m", "benchmarks.compile_report", "--json"]
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)["rows"]
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return compiling(tmp_path_factory.mktemp("triton"), "-m", "benchmarks.compile_report", "--json")["rows"]
 
 
 def test_every_case_compiles_for_every_target(rows):
@@ -146,6 +150,19 @@ def test_what_cannot_be_counted_raises(line, replacement, message):
 
     with pytest.raises(ValueError, match=message):
         passes(SASS_LOOP.replace(line, replacement), SASS)
+
+
+def test_no_launch_that_tuning_may_choose_spills(tmp_path):
+    code = """
+import json
+from benchmarks.binaries import read
+from benchmarks.compile_report import OKD, TARGETS, compile_row_kernel
+from okd_kernels.row_kernel import LAUNCHES
+kernels = [compile_row_kernel(TARGETS["sm_90"], OKD, launch=launch) for launch in LAUNCHES]
+print(json.dumps([read(kernel)["spilled_bytes"] for kernel in kernels]))
+"""
+    spilled = compiling(tmp_path, "-c", code)
+    assert len(spilled) > 3 and not any(spilled)
 
 
 def test_an_unrolled_loop_is_not_reported():
