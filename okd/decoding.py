@@ -52,11 +52,11 @@ class Draw:
             probabilities = logits.softmax(-1)
             cumulative = probabilities.cumsum(-1)
             kept = cumulative - probabilities < self.top_p  # a prefix
-            last = kept.sum(-1) - 1
+            last = kept.sum(-1).sub(1).clamp(min=0)
             cumulative = cumulative.where(kept, cumulative.gather(-1, last.unsqueeze(-1)))
         threshold = uniform.unsqueeze(-1) * cumulative[..., -1:]
         chosen = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-        chosen = chosen.clamp(max=last)  # where rounding took the threshold to the total itself
+        chosen = chosen.clamp(max=last)  # NaN gives any token, so that the loss, not an index, stops the run
         return chosen if order is None else order.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
 
 

@@ -13,7 +13,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 from okd import decoding
 from okd.decoding import Decoder, Draw, write
 
-PROMPTS = [[3, 4, 5], [7, 8], [9, 10, 11, 12, 13, 14], [5, 5, 5, 5], [20, 21, 22]]
+PROMPTS = [[3, 4, 5], [7, 8], [9, 10, 11, 12, 13, 14], [5, 5, 5, 5], [20, 21, 22, 23, 24, 25]]
 LIMITS = [12, 7, 20, 1, 16]
 ENDS = {1, 30, 31, 32}
 DRAW, TEACHER_DRAW = Draw(0.9), Draw(0.7, 0.95)
@@ -70,7 +70,7 @@ def test_draw_has_the_law_of_transformers_warpers(temperature, top_p, top_k):
 
 
 def test_draw_at_the_largest_number_is_a_token_that_may_be_drawn():
-    """Rounding takes u * total to the total itself."""
+    """Where rounding might take u * total to the total itself."""
     uniform = torch.full((500,), 1 - 2**-24)
     logits = torch.randn(500, 50)
     kept = logits.topk(7).values[:, -1]
@@ -236,6 +236,15 @@ def test_cached_logits_are_those_from_scratch(build):
         assert decoder.cache.get_seq_length() == width, "no more columns than the longest row has tokens"
 
 
+def test_rows_that_have_ended_write_on_within_the_positions():
+    """The first has the longest prompt and ends at once; the others go on for as long as there are positions."""
+    model = gpt2().eval()
+    found = written(model, prompts=[[3] * 16, [4, 5]], limits=[1, 25], ends=())
+    assert list(map(len, found.responses)) == [1, 25]
+    alone = written(model, models()[1], prompts=[[3] * 16, [4, 5]], limits=[1, 25], ends=(), top_k=64, gamma=7)
+    assert alone.responses == found.responses
+
+
 @pytest.mark.parametrize("build", [mistral, gpt2])
 def test_other_models_write_as_one_token_at_a_time(build):
     model = build().eval()
@@ -260,7 +269,7 @@ def test_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         rounded = written(student, teacher, **many)
     same = [a[0] == b[0] for a, b in zip(exact.responses, rounded.responses, strict=True)]
-    assert sum(same) > 85
+    assert sum(same) > 70
     for limit, row in zip(many["limits"], rounded.responses, strict=True):
         assert (row[-1] in ENDS or len(row) == limit) and not ENDS & set(row[:-1])
 

@@ -394,6 +394,16 @@ def test_refuses_sharded_models(tmp_path):
         run.train()
 
 
+@pytest.mark.parametrize("method", ["gkd", "skd", "seqkd"])
+def test_a_model_that_is_not_finite_stops_at_its_loss(method, tmp_path):
+    """Not at an index out of range while it writes."""
+    run = trainer(tmp_path, method, **({"student_share": 1.0, "sampling_top_p": 0.9} if method == "gkd" else {}))
+    with torch.no_grad():
+        run.pair.student.model.norm.weight[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="step 0: expected a finite loss; got student nan"):
+        run.train()
+
+
 def test_says_that_the_state_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"sampler_0.json: expected the sampler's state of this run"):
         trainer(tmp_path).sampler.load(tmp_path / "sampler_0.json")
