@@ -152,10 +152,8 @@ def token_statistics(
         teacher_head = student_head if teacher is None else _head(teacher, "teacher", rows)
         vocab_size = min(len(student_head.weight), len(teacher_head.weight))
         items = list(enumerate(rows))
-        for items_of_batch in batches(
-            items, lambda item: len(item[1]["input_ids"]), batch_size, "divergence", progress
-        ):
-            indices, batch_rows = zip(*items_of_batch, strict=True)
+        for part in batches(items, lambda item: len(item[1]["input_ids"]), batch_size, "divergence", progress):
+            indices, batch_rows = zip(*part, strict=True)
             batch = collate(batch_rows)
             student_hidden = _response_hidden(student, batch)
             teacher_hidden = student_hidden if teacher is None else _response_hidden(teacher, batch)
@@ -163,7 +161,7 @@ def token_statistics(
             loss = linear_distillation_loss(
                 student_hidden, student_head, teacher_hidden, teacher_head, targets, vocab_size=vocab_size
             )
-            # summed on the CPU: one transfer a batch, and not every accelerator has float64
+            # on the CPU: one transfer a batch, and not every accelerator has float64
             tokens = torch.stack([loss.metrics[name] for name in STATISTICS]).cpu().double()
             counts = (batch["labels"][:, 1:] != IGNORE).sum(1).tolist()
             for index, of_row in zip(indices, tokens.split(counts, dim=1), strict=True):
