@@ -6,10 +6,12 @@ passes then cost a few percent of the GEMMs; over the whole chunk they cost as m
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from okd_kernels.divergences import DIVERGENCES, Objective
+from okd_kernels.divergences import DIVERGENCES, TINY, Objective
 from okd_kernels.rows import FLOOR, INFINITE, Side
 
 BLOCK_ELEMENTS = 200_000  # logits of one side that are worked on together: 0.8 MB in fp32, which an L2 cache holds
@@ -36,6 +38,26 @@ def _infinite(value: Tensor) -> Tensor:
     return torch.where(value > INFINITE, torch.inf, value)
 
 
+class Distribution(NamedTuple):
+    """A softmax of n rows. `log` is the logarithm of `prob` plus `error`, all rounding aside."""
+
+    log: Tensor  # (n, V)
+    prob: Tensor  # (n, V)
+    top: Tensor  # (n, 1), the largest probability
+    error: Tensor  # (n,)
+    mass: Tensor  # (n,), the sum of exp(log): 1 but for rounding
+
+
+def _softmax(x: Tensor) -> Distribution:
+    """The logarithm comes from that of the largest probability: log_softmax and exp would cost 8 more passes."""
+    prob = x.softmax(-1)
+    top = prob.amax(-1, keepdim=True)
+    exact = top.to(torch.float64 if x.device.type == "cpu" else x.dtype).log()
+    log_top = exact.to(x.dtype)
+    error = (log_top - exact).to(x.dtype).squeeze(1)
+    return Distribution((x - x.amax(-1, keepdim=True)).add_(log_top), prob, top, error, prob.sum(-1) + error)
+
+
 def _nll(logits: Tensor, log_q: Tensor, target: Tensor, temperature: float) -> Tensor:
     """-log q(target) at temperature 1, (n,); log_q is at the loss's temperature."""
     if temperature == 1.0:
@@ -45,26 +67,35 @@ def _nll(logits: Tensor, log_q: Tensor, target: Tensor, temperature: float) -> T
 
 def _divergence(
     objective: Objective,
-    log_q: Tensor,
-    log_p: Tensor,
-    q: Tensor,
-    p: Tensor,
-    forward: Tensor,
-    reverse: Tensor,
+    learner: Distribution,  # q
+    target: Distribution,  # p
+    forward: Tensor,  # (n,) KL(p || q)
+    reverse: Tensor,  # (n,) KL(q || p)
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Value (n,) and gradient (n, V) with respect to T * logits of the learner q; forward is KL(p || q)."""
+    """Value (n,) and gradient (n, V) with respect to T * logits of the learner; three divergences in fewer passes."""
+    log_q, q, log_p, p = *learner[:2], *target[:2]
+    a, gradient = objective.a, None
     if objective.divergence == "forward_kl":
         return forward, q - p if wants_gradient else None
     if objective.divergence == "reverse_kl":
-        if not wants_gradient:
-            return reverse, None
         # Centred on its own sum, not on `reverse`: a rounded log-sum-exp then leaves the gradient alone.
-        g = log_q - log_p
-        return reverse, g.sub_(torch.linalg.vecdot(q, g).unsqueeze(1)).mul_(q)
-    l, g = DIVERGENCES[objective.divergence].formula(log_q, log_p, q, p, objective.a, objective.b)
-    value = l.sum(-1)
-    return value, torch.addcmul(g, q, g.sum(-1, keepdim=True), value=-1) if wants_gradient else None
+        if wants_gradient:
+            g = log_q - log_p
+            gradient = g.sub_(torch.linalg.vecdot(q, g).unsqueeze(1)).mul_(q)
+        return reverse, gradient
+    if objective.divergence == "jsd":
+        log_m = torch.lerp(q, p, a).clamp_min_(TINY).log_()
+        g = log_q - log_m
+        from_q, from_p = torch.linalg.vecdot(q, g), torch.linalg.vecdot(p, torch.sub(log_p, log_m, out=log_m))
+        if wants_gradient:
+            gradient = g.sub_(from_q.unsqueeze(1)).mul_(q).mul_(1 - a)
+        return (1 - a) * (from_q - learner.error) + a * (from_p - target.error), gradient
+    q, p = log_q.exp(), log_p.exp()  # the Bregman form wants them to agree with the logarithms
+    l, g = DIVERGENCES[objective.divergence].formula(log_q, log_p, q, p, a, objective.b)
+    if wants_gradient:
+        gradient = torch.addcmul(g, q, g.sum(-1, keepdim=True), value=-1)
+    return l.sum(-1), gradient
 
 
 def _write_gradient(
@@ -79,17 +110,17 @@ def _write_gradient(
 ) -> None:
     assert side.gradient is not None and side.objective is not None
     v, objective = logits.shape[1], side.objective
-    gradient = gradient.mul_(row_scale * (objective.weight * temperature))
+    factor = objective.weight * temperature
     if objective.ce_weight > 0:
         assert target is not None
-        ce_scale = row_scale * objective.ce_weight
-        gradient = gradient.addcmul_(q if temperature == 1.0 else logits.softmax(-1), ce_scale)
-        gradient.scatter_add_(1, target, -ce_scale)
+        gradient = gradient.mul_(factor).add_(
+            q if temperature == 1.0 else logits.softmax(-1), alpha=objective.ce_weight
+        )
+        gradient.scatter_add_(1, target, gradient.new_full(target.shape, -objective.ce_weight))
+        factor = 1.0
     if side.softcap is not None:
         gradient = gradient.mul_(1 - (logits / side.softcap) ** 2)
-    if side.logit_scale != 1.0:
-        gradient = gradient.mul_(side.logit_scale)
-    side.gradient[rows, :v] = gradient
+    torch.mul(gradient, row_scale * (factor * side.logit_scale), out=side.gradient[rows, :v])
     side.gradient[rows, v:] = 0
 
 
@@ -115,26 +146,22 @@ def torch_rows(
             ignored = None
         z = _transform(student, rows, vocab_size, dtype, ignored)
         u = _transform(teacher, rows, vocab_size, dtype, ignored)
-        log_q = (z / temperature if temperature != 1.0 else z).log_softmax(-1)
-        log_p = (u / temperature if temperature != 1.0 else u).log_softmax(-1)
-        q, p = log_q.exp(), log_p.exp()
+        q = _softmax(z / temperature if temperature != 1.0 else z)
+        p = _softmax(u / temperature if temperature != 1.0 else u)
 
-        difference = log_p - log_q
-        mass = q.sum(-1) - p.sum(-1)  # zero but for rounding, which it takes out of the divergences
-        forward = _infinite(torch.linalg.vecdot(p, difference) + mass)
-        reverse = _infinite(-torch.linalg.vecdot(q, difference) - mass)
-        joint = (log_q - log_q.amax(-1, keepdim=True)).add_(log_p)  # reaches max log_p only where both are at their top
-        agree = (joint.amax(-1) == log_p.amax(-1)).to(dtype)
+        difference = p.log - q.log
+        mass = q.mass - p.mass  # zero but for rounding, which it takes out of the divergences
+        forward = _infinite(torch.linalg.vecdot(p.prob, difference) + mass)
+        reverse = _infinite(-torch.linalg.vecdot(q.prob, difference) - mass)
+        joint = torch.mul(q.prob, p.prob, out=difference)  # reaches the tops' product only where both are at their top
+        agree = joint.amax(-1, keepdim=True) == q.top * p.top
         s_nll = t_nll = torch.zeros_like(forward)
         if target is not None:
-            s_nll, t_nll = (_nll(x, log_x, target, temperature) for x, log_x in ((z, log_q), (u, log_p)))
-        s_entropy, t_entropy = -torch.linalg.vecdot(q, log_q), -torch.linalg.vecdot(p, log_p)
-        statistics[rows] = torch.stack((forward, reverse, s_entropy, t_entropy, s_nll, t_nll, agree), 1)
+            s_nll, t_nll = (_nll(x, y.log, target, temperature) for x, y in ((z, q), (u, p)))
+        s_entropy, t_entropy = (-torch.linalg.vecdot(x.prob, x.log) for x in (q, p))
+        statistics[rows] = torch.stack((forward, reverse, s_entropy, t_entropy, s_nll, t_nll, agree.squeeze(1)), 1)
 
-        sides = (
-            (student, z, s_nll, (log_q, log_p, q, p, forward, reverse)),
-            (teacher, u, t_nll, (log_p, log_q, p, q, reverse, forward)),
-        )
+        sides = ((student, z, s_nll, (q, p, forward, reverse)), (teacher, u, t_nll, (p, q, reverse, forward)))
         for i, (side, logits, nll, distributions) in enumerate(sides):
             if side.objective is None:
                 losses[rows, i] = 0
@@ -145,7 +172,7 @@ def torch_rows(
                 row_scale = row_scales[rows, i : i + 1].to(dtype)
                 if ignored is not None:
                     row_scale = row_scale.masked_fill(ignored, 0)
-                _write_gradient(side, gradient, rows, row_scale, logits, distributions[2], target, temperature)
+                _write_gradient(side, gradient, rows, row_scale, logits, distributions[0].prob, target, temperature)
         if ignored is not None:
             losses[rows] = losses[rows].masked_fill(ignored, 0)
             statistics[rows] = statistics[rows].masked_fill(ignored, 0)
