@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from okd_kernels import memory
 from okd_kernels.divergences import Objective
+from okd_kernels.memory import workspace
 from okd_kernels.rows import Side
 from okd_kernels.torch_rows import torch_rows
 
@@ -136,9 +136,8 @@ def run_chunks(
     n, work = losses.shape[0], row_backend(backend)
     width = -(-vocab_size // 16) * 16  # rows start at multiples of 64 bytes, whatever the vocabulary
     chunk = chunk_rows(n, 2 * width * losses.element_size(), workspace_bytes)
-    buffers = [memory.empty(chunk, width, like=losses) for _ in models]
     widths = [w.shape[1] for m in models if m.learns for w in (m.weight, m.up) if w is not None]
-    scratch = losses.new_empty(chunk * max(widths, default=0))
+    *buffers, scratch = workspace((chunk, width), (chunk, width), (chunk * max(widths, default=0),), like=losses)
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
         sides = []

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from okd_kernels import memory
 from okd_kernels.chunks import Model, row_backend, run_chunks
 from okd_kernels.divergences import DIVERGENCES, Objective
 from okd_kernels.rows import STATISTICS, Side
@@ -69,7 +68,7 @@ def _empty_gradient(operand: Tensor | None, like: Tensor, need: bool) -> Tensor:
     """An output for the operand's gradient; without elements where none is wanted (operators cannot return None)."""
     if operand is None or not need:
         return like.new_empty(0)
-    return memory.empty(*operand.shape, like=like, dtype=operand.dtype)
+    return torch.empty_like(operand, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("okd_kernels::linear_distillation", mutates_args=())
@@ -159,7 +158,7 @@ def _sum_buffer(operand: Tensor | None, output: Tensor, by_row: bool, compacted:
     dtype = operand.dtype if by_row else wide(operand.dtype)
     if output.dtype == dtype and not (by_row and compacted):
         return output
-    return memory.empty(*operand.shape, like=output, dtype=dtype)
+    return torch.empty_like(operand, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _finish(outputs: list[Tensor], model: Model, kept: Tensor | None, vocab_size: int) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from okd_kernels import memory
 from okd_kernels.chunks import Model, _backward, chunk_rows, project
 from okd_kernels.divergences import Objective
+from okd_kernels.memory import workspace
 from okd_kernels.ops import (
     BY_ROW,
     FP16_GAIN,
@@ -41,7 +41,7 @@ def _chunks(width: int, rows_like: Tensor, workspace_bytes: int) -> Iterator[tup
     if n == 0:
         return
     chunk = chunk_rows(n, 2 * width * rows_like.element_size(), workspace_bytes)
-    buffer = memory.empty(chunk, width, like=rows_like)
+    (buffer,) = workspace((chunk, width), like=rows_like)
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
         yield rows, buffer[: rows.stop - start]

@@ -6,6 +6,7 @@ passes then cost a few percent of the GEMMs; over the whole chunk they cost as m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from okd_kernels.divergences import DIVERGENCES, TINY, Objective
 from okd_kernels.rows import FLOOR, INFINITE, Side
 
-BLOCK_ELEMENTS = 200_000  # logits of one side that are worked on together: 0.8 MB in fp32, which an L2 cache holds
+BLOCK_ELEMENTS = 600_000  # logits of one side that are worked on together: 2.4 MB in fp32, about a cache
 
 
 def _transform(side: Side, rows: slice, v: int, dtype: torch.dtype, ignored: Tensor | None) -> Tensor:
@@ -48,14 +49,21 @@ class Distribution(NamedTuple):
     mass: Tensor  # (n,), the sum of exp(log): 1 but for rounding
 
 
-def _softmax(x: Tensor) -> Distribution:
-    """The logarithm comes from that of the largest probability: log_softmax and exp would cost 8 more passes."""
-    prob = x.softmax(-1)
+def _softmax(x: Tensor, log: Tensor, prob: Tensor) -> Distribution:
+    """Into `log` and `prob`. The logarithm comes from that of the largest probability: log_softmax and exp would cost 8
+    more passes."""
+    torch.softmax(x, -1, out=prob)
     top = prob.amax(-1, keepdim=True)
     exact = top.to(torch.float64 if x.device.type == "cpu" else x.dtype).log()
     log_top = exact.to(x.dtype)
     error = (log_top - exact).to(x.dtype).squeeze(1)
-    return Distribution((x - x.amax(-1, keepdim=True)).add_(log_top), prob, top, error, prob.sum(-1) + error)
+    torch.sub(x, x.amax(-1, keepdim=True), out=log).add_(log_top)
+    return Distribution(log, prob, top, error, prob.sum(-1) + error)
+
+
+def _dot(a: Tensor, b: Tensor, product: Tensor) -> Tensor:
+    """Each row's inner product (n,); `torch.linalg.vecdot` allocates what is `product` here."""
+    return torch.mul(a, b, out=product).sum(-1)
 
 
 def _nll(logits: Tensor, log_q: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -72,22 +80,24 @@ def _divergence(
     forward: Tensor,  # (n,) KL(p || q)
     reverse: Tensor,  # (n,) KL(q || p)
     wants_gradient: bool,
+    spare: Sequence[Tensor],  # three of (n, V); the first may be returned
 ) -> tuple[Tensor, Tensor | None]:
     """Value (n,) and gradient (n, V) with respect to T * logits of the learner; three divergences in fewer passes."""
     log_q, q, log_p, p = *learner[:2], *target[:2]
     a, gradient = objective.a, None
     if objective.divergence == "forward_kl":
-        return forward, q - p if wants_gradient else None
+        return forward, torch.sub(q, p, out=spare[0]) if wants_gradient else None
     if objective.divergence == "reverse_kl":
         # Centred on its own sum, not on `reverse`: a rounded log-sum-exp then leaves the gradient alone.
         if wants_gradient:
-            g = log_q - log_p
-            gradient = g.sub_(torch.linalg.vecdot(q, g).unsqueeze(1)).mul_(q)
+            g = torch.sub(log_q, log_p, out=spare[0])
+            gradient = g.sub_(_dot(q, g, spare[1]).unsqueeze(1)).mul_(q)
         return reverse, gradient
     if objective.divergence == "jsd":
-        log_m = torch.lerp(q, p, a).clamp_min_(TINY).log_()
-        g = log_q - log_m
-        from_q, from_p = torch.linalg.vecdot(q, g), torch.linalg.vecdot(p, torch.sub(log_p, log_m, out=log_m))
+        g, log_m, product = spare
+        torch.lerp(q, p, a, out=log_m).clamp_min_(TINY).log_()
+        from_q = _dot(q, torch.sub(log_q, log_m, out=g), product)
+        from_p = _dot(p, torch.sub(log_p, log_m, out=log_m), product)
         if wants_gradient:
             gradient = g.sub_(from_q.unsqueeze(1)).mul_(q).mul_(1 - a)
         return (1 - a) * (from_q - learner.error) + a * (from_p - target.error), gradient
@@ -138,7 +148,8 @@ def torch_rows(
 ) -> None:
     """Fill losses, statistics and both gradients of n rows, in the dtype of `losses`; zeros for ignored rows."""
     n, dtype = losses.shape[0], losses.dtype
-    step = max(torch.get_num_threads(), BLOCK_ELEMENTS // vocab_size)
+    step = min(n, max(torch.get_num_threads(), BLOCK_ELEMENTS // vocab_size))
+    scratch = student.logits.new_empty(7, step, vocab_size, dtype=dtype)  # fresh memory for every block would cost more
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         target = None if labels is None else labels[rows].clamp_min(0).unsqueeze(1)
@@ -149,19 +160,21 @@ def torch_rows(
         u = _transform(teacher, rows, vocab_size, dtype, ignored)
         if teacher_share != 1.0:
             u = torch.lerp(z, u, teacher_share)
-        q = _softmax(z / temperature if temperature != 1.0 else z)
-        p = _softmax(u / temperature if temperature != 1.0 else u)
+        log_q, prob_q, log_p, prob_p, *spare = scratch[:, : z.shape[0]]
+        q = _softmax(z / temperature if temperature != 1.0 else z, log_q, prob_q)
+        p = _softmax(u / temperature if temperature != 1.0 else u, log_p, prob_p)
 
-        difference = p.log - q.log
+        difference, product, _ = spare
+        torch.sub(p.log, q.log, out=difference)
         mass = q.mass - p.mass  # zero but for rounding, which it takes out of the divergences
-        forward = _infinite(torch.linalg.vecdot(p.prob, difference) + mass)
-        reverse = _infinite(-torch.linalg.vecdot(q.prob, difference) - mass)
+        forward = _infinite(_dot(p.prob, difference, product) + mass)
+        reverse = _infinite(-_dot(q.prob, difference, product) - mass)
         joint = torch.mul(q.prob, p.prob, out=difference)  # reaches the tops' product only where both are at their top
         agree = joint.amax(-1, keepdim=True) == q.top * p.top
         s_nll = t_nll = torch.zeros_like(forward)
         if target is not None:
             s_nll, t_nll = (_nll(x, y.log, target, temperature) for x, y in ((z, q), (u, p)))
-        s_entropy, t_entropy = (-torch.linalg.vecdot(x.prob, x.log) for x in (q, p))
+        s_entropy, t_entropy = (-_dot(x.prob, x.log, product) for x in (q, p))
         statistics[rows] = torch.stack((forward, reverse, s_entropy, t_entropy, s_nll, t_nll, agree.squeeze(1)), 1)
 
         sides = ((student, z, s_nll, (q, p, forward, reverse)), (teacher, u, t_nll, (p, q, reverse, forward)))
@@ -169,7 +182,7 @@ def torch_rows(
             if side.objective is None:
                 losses[rows, i] = 0
                 continue
-            value, gradient = _divergence(side.objective, *distributions, wants_gradient=side.gradient is not None)
+            value, gradient = _divergence(side.objective, *distributions, side.gradient is not None, spare)
             losses[rows, i] = side.objective.weight * temperature**2 * _infinite(value) + side.objective.ce_weight * nll
             if gradient is not None:
                 row_scale = row_scales[rows, i : i + 1].to(dtype)

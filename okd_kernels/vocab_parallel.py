@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from okd_kernels import memory
 from okd_kernels.arguments import check_objectives, check_temperature, chunk_workspace, common_shape, gemm_operands
 from okd_kernels.chunks import Model, _backward, chunk_rows, project
 from okd_kernels.divergences import DIVERGENCES, Objective
 from okd_kernels.heads import LinearHead
+from okd_kernels.memory import workspace
 from okd_kernels.ops import BY_ROW, FP16_GAIN, PER_SIDE, wide
 from okd_kernels.rows import STATISTICS, Side
 from okd_kernels.tokens import DistillationLoss, Tokens
@@ -205,9 +205,9 @@ def _run(models: list[Model], task: _Task, row_scales: Tensor) -> tuple[Tensor, 
     """Losses (N, 2) and statistics (N, 7) of the whole group; this rank's gradients into the models' buffers."""
     (n, _), v = row_scales.shape, len(models[0].weight)
     width = -(-v // 16) * 16  # as in `run_chunks`
-    buffers = [memory.empty(task.chunk, width, like=row_scales) for _ in models]
     widths = [w.shape[1] for m in models if m.learns for w in (m.weight, m.up) if w is not None]
-    scratch = row_scales.new_empty(task.chunk * max(widths, default=0))
+    shapes = (task.chunk, width), (task.chunk, width), (task.chunk * max(widths, default=0),)
+    *buffers, scratch = workspace(*shapes, like=row_scales)
     values, nlls = row_scales.new_zeros(n, len(_Chunk.VALUES)), row_scales.new_zeros(n, 2)
     for start in range(0, n, task.chunk):
         rows = slice(start, min(start + task.chunk, n))
