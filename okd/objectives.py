@@ -39,8 +39,15 @@ RANKED = 5  # most probable tokens of each model whose order RLKD compares
 
 
 def divergence(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> DistillationLoss:
-    """The student's divergence from its teacher, and the teacher's loss where it learns (OKD, Eq. 16 and 17)."""
-    return pair.distil(pair.student_rows(batch), pair.teacher_rows(batch), batch["targets"], normalizer)
+    """The student's divergence from its teacher, and the teacher's loss where it learns (OKD, Eq. 16 and 17).
+
+    On a batch that the student wrote, the teacher's loss has no cross-entropy (ours): the tokens are no references.
+    """
+    options: dict[str, Any] = {}
+    teacher = pair.teacher_objective
+    if teacher is not None and pair.args.preset.sequences != "dataset" and batch["student_written"].all():
+        options["teacher"] = Objective(teacher.divergence, weight=teacher.weight)
+    return pair.distil(pair.student_rows(batch), pair.teacher_rows(batch), batch["targets"], normalizer, **options)
 
 
 def cross_entropy(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> DistillationLoss:

@@ -316,6 +316,17 @@ def test_the_students_own_divergence_is_that_of_mixed_rows_too():
 # --- MiniLLM ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_students_own_tokens_are_no_references_for_the_teacher():
+    """A batch that the student wrote: L_t is a KL(q || p) alone; where only some rows are its own, all of L_t."""
+    for own, ce_weight in ((True, 0.0), (False, 0.7)):
+        both, inputs = pair("divergence", online=True, teacher_kl_weight=0.3), batch()
+        both.args.method = "gkd"
+        inputs["student_written"] = torch.full_like(inputs["student_written"], own)
+        loss = both(**inputs)
+        expected = 0.3 * loss.metrics["reverse_kl"].mean() + ce_weight * loss.metrics["teacher_nll"].mean()
+        torch.testing.assert_close(loss.teacher, expected)
+
+
 @pytest.mark.parametrize("length_normalized", [False, True])
 def test_minillm_is_the_gradient_of_kl_between_whole_responses(length_normalized):
     """Expected over all 3^3 responses to a prompt, each weighed by q: the sum is unbiased, the mean is not."""
