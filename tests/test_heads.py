@@ -195,4 +195,5 @@ def test_hidden_states_of_embeddings_are_those_of_their_tokens():
     ids, mask = torch.randint(2, 64, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
     for model in (tiny.llama(), adapted()):
         embeddings = model.get_input_embeddings()(ids)
-        torch.testing.assert_close(hidden_states(model, None, mask, embeddings), hidden_states(model, ids, mask))
+        ours = hidden_states(model, None, mask, inputs_embeds=embeddings)
+        torch.testing.assert_close(ours, hidden_states(model, ids, mask))
