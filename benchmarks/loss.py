@@ -308,10 +308,14 @@ def plot(results: list[dict[str, Any]], axis: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What a reader needs to compare these numbers with others."""
+def cpu_name() -> str:
     from cpuinfo import get_cpu_info  # comes with pytest-benchmark
 
+    return get_cpu_info()["brand_raw"]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a reader needs to compare these numbers with others."""
     versions = {"python": platform.python_version()}
     for name in ("torch", "triton", "transformers", "liger-kernel", "trl"):
         try:
@@ -322,7 +326,7 @@ def environment(device: str) -> dict[str, Any]:
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else get_cpu_info()["brand_raw"],
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": versions,
         "commit": git.stdout.strip(),
@@ -366,6 +370,11 @@ def main() -> None:
     names = {"all": list(peers.PEERS), "none": []}.get(args.peers, args.peers.split(","))
     about = environment(args.device)
     print(f"{about['device']}, {about['threads']} threads, commit {about['commit']}, {about['versions']}")
+    label = "-".join(filter(None, (preset.replace("<-", "-from-"), base.dtype, args.sweep)))
+    default = Path(__file__).parent / "results" / f"{about['date'][:19].replace(':', '')}-{args.device}-{label}.json"
+    path = args.output or default
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}
     results = []
     for divergence in args.divergence.split(","):
         chosen = [name for name in names if divergence != "okd" or name not in peers.FROZEN_TEACHER]
@@ -373,12 +382,8 @@ def main() -> None:
             case = replace(base, divergence=divergence, **({args.sweep: value} if args.sweep else {}))
             results.append(measure(case, chosen, args.repeats, args.workspace_mib))
             show(results[-1])
-    label = "-".join(filter(None, (preset.replace("<-", "-from-"), base.dtype, args.sweep)))
-    default = Path(__file__).parent / "results" / f"{about['date'][:19].replace(':', '')}-{args.device}-{label}.json"
-    path = args.output or default
-    path.parent.mkdir(parents=True, exist_ok=True)
-    options = {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}
-    path.write_text(json.dumps({**about, "arguments": options, "preset": preset, "results": results}, indent=1) + "\n")
+            whole = {**about, "arguments": options, "preset": preset, "results": results}
+            path.write_text(json.dumps(whole, indent=1) + "\n")  # each time: a run that is cut off has what it has
     print(f"\n{path}")
     if args.sweep:
         plot(results, args.sweep, path.with_suffix(".png"))

@@ -85,11 +85,15 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("expected a GPU; found none: `python -m benchmarks.compile_report` says what can be said without")
     about = environment("cuda")
-    launches = time_launches(args.rows, PRESETS[args.preset].vocab, args.repeats)
-    result = {**about, "launches": launches, "workspaces": time_workspaces(args.preset, args.repeats)}
     path = args.output or Path(__file__).parent / "results" / f"{about['date'][:19].replace(':', '')}-tune.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**result, "preset": args.preset, "rows": args.rows}, indent=1) + "\n")
+    result = {**about, "preset": args.preset, "rows": args.rows}
+    for name, trials in (
+        ("launches", lambda: time_launches(args.rows, PRESETS[args.preset].vocab, args.repeats)),
+        ("workspaces", lambda: time_workspaces(args.preset, args.repeats)),
+    ):
+        result[name] = trials()
+        path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
 
 

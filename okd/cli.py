@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-DEMO_LAYERS = (
-    "0-9,20-29"  # dropping a middle block leaves a student that can still speak: held-out KL 4 of SmolLM2's 30
-)
+DEMO_LAYERS = "0-9,20-29"  # of SmolLM2's 30; starts closer to the teacher than evenly spaced layers
 SHOWN = {  # transformers' options worth a line of help; the others work too
     *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
     *("gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed"),
@@ -42,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"okd {options.command}: error: {error}\n(OKD_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nokd: interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
+        hint = "; --resume goes on from the last checkpoint, if there is one" if options.command == "train" else ""
+        print(f"\nokd: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
 
@@ -117,7 +116,7 @@ def parse_train(argv: Sequence[str]) -> tuple[Any, Any]:
         prog="okd train",
         usage="okd train METHOD --teacher MODEL --student MODEL --train-file FILE [options]",
         description=f"methods:\n{presets}",
-        epilog="Every other option of transformers.TrainingArguments is taken too.",
+        epilog="Every other option of transformers.TrainingArguments is taken too, but for resuming: see --resume.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -135,6 +134,8 @@ def parse_train(argv: Sequence[str]) -> tuple[Any, Any]:
     )
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{_suggest(unknown[0].lstrip('-'), known)}")
+    if args.resume_from_checkpoint is not None:
+        parser.error("expected --resume, which goes on from the last checkpoint; got --resume-from-checkpoint")
     return config, args
 
 
@@ -183,13 +184,14 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", type=int, default=32, help="prompts answered for ROUGE-L (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument(
-        "--seeds", type=int, help="answer so many times, sampled at T = 1: mean and deviation (default: once, greedily)"
+        "--seeds", type=int, help="2 or more: so many sampled answers (T = 1), mean and deviation; default: one, greedy"
     )
     parser.add_argument(
         "--exposure-bias", type=int, metavar="N", help="prompts whose answers both models sample for ExAccErr"
     )
     parser.add_argument("--max-length", type=int, default=512, help="tokens of an example (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, help="ids that count (default: all that both heads have)")
     parser.add_argument("--output", help="write the metrics to this JSON file too")
 
 
@@ -209,7 +211,7 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     print(encoded.summary(), file=sys.stderr)
     student = load_model(options.student).to(_device())
     teacher: Any = None if options.teacher is None else load_model(options.teacher).to(_device())
-    sizes = {"batch_size": options.batch_size, "max_new_tokens": options.max_new_tokens}
+    sizes = {name: getattr(options, name) for name in ("batch_size", "max_new_tokens", "vocab_size")}
     metrics, _answers = evaluate(
         student, teacher, tokenizer, encoded.rows, generate=options.answers, seeds=options.seeds, **sizes
     )

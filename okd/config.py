@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from okd_kernels import DIVERGENCES, Objective
+
+logger = logging.get_logger(__name__)
 
 ONLINE_MODULES = ("lora", "prefix", "p_tuning", "non_salient")
 
@@ -156,12 +159,12 @@ class OKDConfig(TrainingArguments):
     student_ce_weight: float | None = option(None, "weight of the student's cross-entropy in place of the preset's")
     divergence_alpha: float | None = option(None, "alpha of the student's divergence (skew, alpha_beta)")
     divergence_beta: float | None = option(None, "beta of the student's divergence (jsd, alpha_beta)")
-    online_teacher: bool = option(False, "let the teacher's online module train with a method whose teacher is frozen")
+    online_teacher: bool = option(False, "let the teacher learn too; for methods with a divergence from one teacher")
     temperature: float = option(1.0, "temperature of the divergences, which are multiplied by its square")
     teacher_kl_weight: float = option(0.5, "a of the teacher's loss a KL(student || teacher) + (1 - a) CE")
     online_module: str = option("lora", f"what trains in the teacher: {', '.join(ONLINE_MODULES)}")
     online_rank: int = option(32, "rank of the teacher's LoRA")
-    online_alpha: int | None = option(None, "scale of the teacher's LoRA; default: its rank")
+    online_alpha: int | None = option(None, "alpha of the teacher's LoRA, scaled by alpha / rank; default: its rank")
     online_dropout: float = option(0.0, "dropout of the teacher's LoRA")
     online_layers: float = option(1.0, "share of the teacher's layers, from the top, that carry the LoRA")
     online_virtual_tokens: int = option(20, "length of a prefix or p-tuning prompt")
@@ -202,7 +205,7 @@ class OKDConfig(TrainingArguments):
     learning_rate: float = option(2e-4, "peak learning rate of the student")
     lr_scheduler_type: str = option("linear", "schedule of the learning rates")
     warmup_steps: float = option(0.03, "steps of linear warm-up; below 1, a share of all steps")
-    logging_steps: float = option(10, "steps between log entries; each costs one forward pass of the base teacher")
+    logging_steps: float = option(10, "steps between log entries; each costs one more forward pass of both models")
     logging_first_step: bool = option(True, "log the first step too, so that even a short run has a curve")
     logging_nan_inf_filter: bool = option(False, "keep NaN out of the log; here a NaN stops the run instead")
     remove_unused_columns: bool = option(False, "drop columns of the data; here the collator needs them")
@@ -215,6 +218,9 @@ class OKDConfig(TrainingArguments):
             self.metric_for_best_model = self.metric_for_best_model or "loss"
             self.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
         super().__post_init__()
+        if self.n_gpu > 1:  # DataParallel would cut `positions`, which count rows of the whole batch, into pieces
+            logger.warning(f"expected one process for each of {self.n_gpu} GPUs; using one GPU: start with torchrun")
+            self._n_gpu = 1
         self.dataloader_pin_memory &= torch.cuda.is_available()  # else torch warns on every run
         if self.method not in METHODS:
             raise ValueError(f"expected method to be one of {', '.join(METHODS)}; got {self.method!r}")
@@ -272,6 +278,11 @@ class OKDConfig(TrainingArguments):
         if self.online_teacher and (self.preset.divergence is None or self.preset.selection is not None):
             raise ValueError(
                 f"expected online_teacher with a method that distils from one teacher; got {self.method}: leave it out"
+            )
+        if self.online and self.online_kind == "prefix" and self.gradient_checkpointing:
+            raise ValueError(
+                "expected online_module prefix without gradient_checkpointing, which drops its keys; got both: "
+                "leave one out, or use online_module=lora"
             )
         if self.alternates and (not self.online or self.preset.loss != "divergence"):
             raise ValueError(

@@ -35,6 +35,7 @@ def evaluate(
     rows: Sequence[Row],
     *,
     batch_size: int = 8,
+    vocab_size: int | None = None,
     generate: int | None = None,
     max_new_tokens: int = 64,
     seeds: int | None = None,
@@ -54,7 +55,13 @@ def evaluate(
         raise ValueError(f"expected seeds >= 1, got {seeds}; 1 answers greedily, as None does")
     pad_token_id = padding_token(tokenizer)
     divergences = divergence_metrics(
-        student, teacher, rows, pad_token_id=pad_token_id, batch_size=batch_size, progress=progress
+        student,
+        teacher,
+        rows,
+        pad_token_id=pad_token_id,
+        batch_size=batch_size,
+        vocab_size=vocab_size,
+        progress=progress,
     )
     sampled = seeds is not None and seeds > 1
     answers: list[list[dict[str, str]]] = []
@@ -85,13 +92,15 @@ def divergence_metrics(
     *,
     pad_token_id: int,
     batch_size: int = 8,
+    vocab_size: int | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
     """Means over all response tokens y of `rows`, with p the *unadapted* teacher and q the student.
 
     `forward_kl` KL(p‖q) and `reverse_kl` KL(q‖p) in nats; `perplexity` exp(mean of -log q(y)) and `teacher_perplexity`;
     `top1_agreement`, the share of tokens with argmax p = argmax q; `tokens`, their number. With `teacher=None` only
-    `perplexity` and `tokens`. If one head is padded further than the other, over the ids they share. Sums are float64:
+    `perplexity` and `tokens`. Over the first `vocab_size` ids, or all that both heads
+    have: padding that they share counts unless it is cut off. Sums are float64:
     the batch size changes nothing beyond the models' own rounding.
 
     Each also with `_easy` and `_hard`: over the half of the tokens that the teacher finds easier and over the rest, by
@@ -104,10 +113,8 @@ def divergence_metrics(
     rows = [row for row in rows if any(label != IGNORE for label in row["labels"][1:])]  # none predicts a first token
     if not rows:
         raise ValueError("expected a row with a response token, got none; pass rows whose labels are not all -100")
-    tokens = torch.cat(
-        token_statistics(student, teacher, rows, pad_token_id=pad_token_id, batch_size=batch_size, progress=progress),
-        dim=1,
-    )
+    options: dict[str, Any] = {"batch_size": batch_size, "vocab_size": vocab_size, "progress": progress}
+    tokens = torch.cat(token_statistics(student, teacher, rows, pad_token_id=pad_token_id, **options), dim=1)
     metrics = _means(tokens)
     if teacher is None:
         return {"perplexity": metrics["perplexity"], "tokens": tokens.shape[1]}
@@ -134,6 +141,7 @@ def token_statistics(
     *,
     pad_token_id: int,
     batch_size: int = 8,
+    vocab_size: int | None = None,
     progress: bool = True,
 ) -> list[torch.Tensor]:
     """Of each row, in order, `STATISTICS` of its response tokens: (len(STATISTICS), n_i), float64 on the CPU.
@@ -150,7 +158,8 @@ def token_statistics(
     with evaluating(student, teacher), nullcontext() if teacher is None else base_teacher(teacher):
         student_head = _head(student, "student", rows)
         teacher_head = student_head if teacher is None else _head(teacher, "teacher", rows)
-        vocab_size = min(len(student_head.weight), len(teacher_head.weight))
+        sizes = (len(student_head.weight), len(teacher_head.weight))
+        vocab_size = min(sizes) if vocab_size is None else vocab_size
         items = list(enumerate(rows))
         for part in batches(items, lambda item: len(item[1]["input_ids"]), batch_size, "divergence", progress):
             indices, batch_rows = zip(*part, strict=True)

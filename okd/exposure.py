@@ -30,6 +30,7 @@ def exposure_bias(
     lengths: Sequence[int] | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    vocab_size: int | None = None,
     progress: bool = True,
 ) -> dict[str, float | None]:
     """`exaccerr_l` in percent, for each l of `lengths` (default: a quarter, a half and all of `max_new_tokens`):
@@ -53,6 +54,7 @@ def exposure_bias(
     if not asked:
         raise ValueError("expected a row with a prompt, got none; pass rows that are not all plain text")
     heads = [len(LinearHead.from_model(model).weight) for model in (student, teacher)]
+    shared = min(heads) if vocab_size is None else vocab_size
     options: dict[str, Any] = {
         "pad_token_id": padding_token(tokenizer),
         "batch_size": batch_size,
@@ -66,7 +68,7 @@ def exposure_bias(
                 asked,
                 ends=end_tokens(tokenizer, student, teacher),
                 max_new_tokens=max_new_tokens,
-                suppress_tokens=list(range(min(heads), size)) or None,  # padding of one head, unknown to the other
+                suppress_tokens=list(range(shared, size)) or None,  # padding
                 **{**options, **SAMPLED},
             )
 
@@ -77,7 +79,7 @@ def exposure_bias(
             {"id": "", "input_ids": prompt + response, "labels": [IGNORE] * len(prompt) + response}
             for prompt, response in zip(asked, written, strict=True)
         ]
-        for statistics in token_statistics(student, teacher, sequences, **options):
+        for statistics in token_statistics(student, teacher, sequences, vocab_size=shared, **options):
             total[: statistics.shape[1]] += statistics[STATISTICS.index("forward_kl")]
         return total / len(asked)
 

@@ -41,13 +41,23 @@ RANKED = 5  # most probable tokens of each model whose order RLKD compares
 def divergence(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> DistillationLoss:
     """The student's divergence from its teacher, and the teacher's loss where it learns (OKD, Eq. 16 and 17).
 
-    On a batch that the student wrote, the teacher's loss has no cross-entropy (ours): the tokens are no references.
+    On a batch that the student wrote, or drafted (SKD), the teacher's loss has no cross-entropy (ours): the tokens are
+    no references.
     """
-    options: dict[str, Any] = {}
-    teacher = pair.teacher_objective
-    if teacher is not None and pair.args.preset.sequences != "dataset" and batch["student_written"].all():
-        options["teacher"] = Objective(teacher.divergence, weight=teacher.weight)
+    options = _no_references(pair) if _student_wrote(pair, batch) else {}
     return pair.distil(pair.student_rows(batch), pair.teacher_rows(batch), batch["targets"], normalizer, **options)
+
+
+def _student_wrote(pair: StudentTeacher, batch: Batch) -> bool:
+    """Whether all responses are the student's words."""
+    policy = pair.args.preset.sequences
+    return policy == "interleaved" or (policy != "dataset" and bool(batch["student_written"].all()))
+
+
+def _no_references(pair: StudentTeacher) -> dict[str, Any]:
+    """Options of `distil` for rows whose tokens no teacher should learn as labels."""
+    teacher = pair.teacher_objective
+    return {} if teacher is None else {"teacher": Objective(teacher.divergence, weight=teacher.weight)}
 
 
 def cross_entropy(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> DistillationLoss:
@@ -179,7 +189,8 @@ def minillm(
     it estimates that gradient. One step a sample, so that PPO's clipping and importance weights have nothing to do.
     """
     student, targets = pair.student_rows(batch), batch["targets"]
-    loss = pair.distil(student, pair.teacher_rows(batch), targets, normalizer)
+    options = _no_references(pair) if _student_wrote(pair, batch) else {}
+    loss = pair.distil(student, pair.teacher_rows(batch), targets, normalizer, **options)
     rewards = loss.metrics["student_nll"] - loss.metrics["teacher_nll"]
     returns = _future(rewards, batch, mean=length_normalized)
     returns = returns * batch["student_written"][batch["positions"] // batch["input_ids"].shape[1]]
@@ -210,9 +221,9 @@ def distillm2(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Dis
     own = batch["student_written"][batch["positions"] // batch["input_ids"].shape[1]]  # (N,) bool
     parts = []
     lowering = Objective("skew_reverse_kl_detached", alpha=pair.student_objective.a)
-    for objective, rows in ((pair.student_objective, ~own), (lowering, own)):
+    for objective, rows, options in ((pair.student_objective, ~own, {}), (lowering, own, _no_references(pair))):
         at = rows.nonzero().squeeze(1)  # synchronises once, where sampling has done so for every token
-        parts.append(pair.distil(student[at], teacher[at], targets[at], count, student=objective))
+        parts.append(pair.distil(student[at], teacher[at], targets[at], count, student=objective, **options))
     first, second = parts
     teacher_loss = None if first.teacher is None or second.teacher is None else first.teacher + second.teacher
     metrics = {name: torch.cat((value, second.metrics[name])) for name, value in first.metrics.items()}

@@ -112,10 +112,14 @@ class StudentTeacher(nn.Module):
         )
 
     def train(self, mode: bool = True) -> StudentTeacher:
-        """A frozen teacher stays in evaluation mode: dropout would blur the target."""
+        """The teacher stays in evaluation mode but for its LoRA's dropout: any other would blur the target."""
         super().train(mode)
-        if self.teacher is not None and self.teacher_objective is None:
+        if self.teacher is not None:
             self.teacher.eval()
+            for name, module in self.teacher.named_modules() if self.args.online else ():
+                # a layer asks its own flag whether to checkpoint
+                if "lora_dropout" in name or getattr(module, "gradient_checkpointing", False):
+                    module.training = mode
         return self
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:

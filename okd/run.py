@@ -124,6 +124,7 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
             tokenizer,
             measured,
             batch_size=args.per_device_eval_batch_size,
+            vocab_size=args.vocab_size,
             generate=config.eval_answers,
             max_new_tokens=config.eval_max_new_tokens,
             progress=not args.disable_tqdm,
@@ -207,8 +208,8 @@ def _prepare_output_dir(config: RunConfig, output_dir: Path) -> str | None:
         return checkpoint
     if holds_run and not config.overwrite:
         raise FileExistsError(
-            f"{output_dir} holds another run; pass another --output-dir, --resume to go on from its last checkpoint, "
-            "or --overwrite to remove it"
+            f"{output_dir} holds another run; pass another --output-dir, or --overwrite to remove it, or to okd train "
+            "--resume to go on from its last checkpoint"
         )
     if holds_run:
         for path in output_dir.iterdir():

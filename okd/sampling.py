@@ -101,9 +101,12 @@ class Sampler:
                 "top_k": args.skd_top_k,
             }
         before_module = writer == "teacher" and args.online
+        author: Any = teacher if writer == "teacher" else student
+        if before_module:  # a prompt or prefix that is off must not be looked for
+            author = author.get_base_model()
         with evaluating(student, teacher), base_teacher(teacher) if before_module else nullcontext():
             written = write(
-                teacher if writer == "teacher" else student,
+                author,
                 [prompts[i] for i in asked],
                 [limits[i] for i in asked],
                 ends=self._ends(),

@@ -44,6 +44,10 @@ def prepare_teacher(
     if isinstance(teacher, list | tuple):
         teacher = Ensemble(teacher) if len(teacher) > 1 else teacher[0]
     check_number_of_teachers(args, len(teacher.members) if isinstance(teacher, Ensemble) else 1)
+    if hasattr(teacher, "peft_config"):
+        teacher.adapter_is_online = (
+            args.online
+        )  # else what it learned before is part of the teacher, as `base_teacher` sees
     if not args.online:
         return teacher.requires_grad_(False)
     if not hasattr(teacher, "peft_config"):
@@ -135,8 +139,11 @@ def _query_and_value(model: nn.Module) -> list[str] | None:
 
 @contextmanager
 def base_teacher(teacher: Any) -> Iterator[None]:
-    """The teacher as it was before its online module: the judge of student and teacher. Of several, the first."""
-    if not hasattr(teacher, "disable_adapter"):
+    """The teacher as it was before its online module: the judge of student and teacher. Of several, the first.
+
+    An adapter that a run keeps frozen stays on: there it belongs to the teacher.
+    """
+    if not hasattr(teacher, "disable_adapter") or not getattr(teacher, "adapter_is_online", True):
         yield
         return
     flags = [(p, p.requires_grad) for p in teacher.parameters()]

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from okd.config import OKDConfig
 from okd.data import Collator, Encoded, encode
 from okd.evaluate import divergence_metrics
-from okd.models import check_head, describe_parameters
+from okd.models import check_head, describe_parameters, evaluating
 from okd.objectives import divergence
 from okd.pair import StudentTeacher
 from okd.sampling import Sampler
@@ -31,6 +31,7 @@ BATCH = ("input_ids", "attention_mask", "positions", "targets", "student_written
 logger = logging.get_logger(__name__)
 STUDENT, ADAPTER = "student", "teacher_adapter"  # directories of a saved run or checkpoint
 SELECTION = "selection.safetensors"
+ENCODER = "prompt_encoder.safetensors"  # beside the adapter, whose prompt is the encoder's output
 
 
 class _Progress(ProgressCallback):
@@ -189,15 +190,16 @@ class OKDTrainer(Trainer):
             if self.args.preset.sequences != "dataset":
                 logs |= self.sampler.logs()
             if self.args.online and self.optimizer is not None:
-                ratio = self.optimizer.param_groups[-1]["initial_lr"] / self.args.learning_rate
-                logs["online_learning_rate"] = logs["learning_rate"] * ratio
+                rate, own = self.args.learning_rate, self.optimizer.param_groups[-1]["initial_lr"]
+                logs["online_learning_rate"] = logs["learning_rate"] * own / rate if rate else own
             self._sums, self._counts, self._logged_at = {}, {}, time.perf_counter()
         super().log(logs, start_time)
 
     @torch.no_grad()
     def _base_forward_kl(self) -> float:
         """KL(base teacher || student) of the last batch: the teacher as it was before its online module."""
-        with base_teacher(self.pair.teacher), self.accelerator.autocast():
+        judged = evaluating(self.pair.student, self.pair.teacher)  # without dropout
+        with judged, base_teacher(self.pair.teacher), self.accelerator.autocast():
             return self.pair(**self._last_batch, loss=divergence).metrics["forward_kl"].mean().item()
 
     # --- the two sides' parameters ---
@@ -238,6 +240,7 @@ class OKDTrainer(Trainer):
             rows,
             pad_token_id=self.tokenizer.pad_token_id,
             batch_size=self.args.per_device_eval_batch_size,
+            vocab_size=self.args.vocab_size,
             progress=not self.args.disable_tqdm,
         )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -246,7 +249,8 @@ class OKDTrainer(Trainer):
         else:
             loss = metrics.get(f"{metric_key_prefix}_forward_kl", math.log(metrics[f"{metric_key_prefix}_perplexity"]))
         metrics[f"{metric_key_prefix}_loss"] = loss
-        self.sampler.on_evaluate(metrics[f"{metric_key_prefix}_loss"])
+        if eval_dataset is None:  # not for other data that somebody else evaluates in between
+            self.sampler.on_evaluate(loss)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -273,6 +277,8 @@ class OKDTrainer(Trainer):
         for name, model in parts.items():
             own = None if state_dict is None else _part(state_dict, "student." if name == STUDENT else "teacher.")
             model.save_pretrained(directory / name, state_dict=own)
+            if name == ADAPTER and self.args.online_kind == "p_tuning":  # PEFT saves what its encoder makes, not itself
+                save_file(_trainable(model, own), directory / name / ENCODER)
         if self.pair.selection is not None:
             own = _part(state_dict, "selection.") if state_dict is not None else self.pair.selection.state_dict()
             save_file(own, directory / SELECTION)
@@ -310,6 +316,13 @@ def _part(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
+def _trainable(model: Any, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What trains in the model, by name; out of its state dict if that was gathered."""
+    return {
+        n: p.detach() if state_dict is None else state_dict[n] for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
 def _rows(data: Any, tokenizer: Any, args: OKDConfig) -> list[dict[str, Any]] | None:
     if data is None:
         return None
@@ -327,15 +340,21 @@ def _load_weights(model: Any, directory: Path) -> None:
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
-        weights = load_peft_weights(str(directory))
-        differing = sorted(weights.keys() ^ get_peft_model_state_dict(model).keys())
+        name, encoder = model.active_adapter, (directory / ENCODER).is_file()
+        directory = directory if name == "default" else directory / name
+        weights = load_file(directory / ENCODER) if encoder else load_peft_weights(str(directory))
+        expected = _trainable(model) if encoder else get_peft_model_state_dict(model, adapter_name=name)
+        differing = sorted(weights.keys() ^ expected.keys())
         if differing:
             raise ValueError(
                 f"{directory}: expected the adapter that trains here; {len(differing)} weights are in one of the two "
                 f"only, such as {differing[0]}: pass PeftModel.from_pretrained(teacher, directory, "
                 "is_trainable=True) as the teacher"
             )
-        set_peft_model_state_dict(model, weights)
+        if encoder:
+            model.load_state_dict(weights, strict=False)
+        else:
+            set_peft_model_state_dict(model, weights, adapter_name=name)
     else:
         from okd.models import load_model
 

@@ -90,13 +90,16 @@ def check_teacher_share(teacher_share: float, teacher: Objective | None) -> None
         )
 
 
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that will run on `device`: "auto" resolved, any other checked. Raises ValueError."""
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that will run on `device` for row mathematics in `dtype`: "auto" resolved, any other checked.
+
+    Triton's rows are in fp32, so fp64 goes to PyTorch's. Raises ValueError.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"expected backend to be one of {', '.join(BACKENDS)}; got {backend!r}")
     has_triton = DIVERGENCES["forward_kl"].rule is not None
     if backend == "auto":
-        return "triton" if has_triton and device.type == "cuda" else "torch"
+        return "triton" if has_triton and device.type == "cuda" and dtype == torch.float32 else "torch"
     if backend == "triton" and not has_triton:
         raise ValueError(
             "expected Triton for backend='triton'; it is not installed: pip install triton, or backend='torch'"

@@ -20,7 +20,7 @@ from okd_kernels.memory import workspace
 from okd_kernels.rows import Side
 from okd_kernels.torch_rows import torch_rows
 
-CPU_WIDENING_BLOCK = 4096  # head rows that are widened to fp32 at a time where the CPU's operands are 16-bit
+WIDENING_BLOCK = 4096  # head rows that are widened at a time where no GEMM has a wider output than operands
 
 
 class Model(NamedTuple):
@@ -60,11 +60,11 @@ def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = hidden @ weight.T, `out` being fp32 also for 16-bit operands: 16-bit logits would ruin the gradients."""
     if hidden.dtype == out.dtype:
         torch.mm(hidden, weight.t(), out=out)
-    elif hidden.device.type == "cuda":
+    elif hidden.device.type == "cuda" and out.dtype == torch.float32:
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-    else:  # the CPU has no GEMM with a wider output; widening the weight a block at a time keeps it small
+    else:  # no GEMM with a wider output: widening the weight a block at a time keeps it small
         hidden = hidden.to(out.dtype)
-        blocks = weight.split(CPU_WIDENING_BLOCK), out.split(CPU_WIDENING_BLOCK, dim=1)
+        blocks = weight.split(WIDENING_BLOCK), out.split(WIDENING_BLOCK, dim=1)
         for block, columns in zip(*blocks, strict=True):
             torch.mm(hidden, block.to(out.dtype).t(), out=columns)
 
@@ -75,7 +75,7 @@ def project(model: Model, rows: slice, out: Tensor) -> None:
     _project(model.hidden[rows], model.weight[:v], out=out)
     if model.low is not None and model.up is not None:
         low, up = model.low[rows], model.up[:v]
-        if low.device.type == "cpu":
+        if low.device.type == "cpu" or out.dtype != torch.float32:
             low, up = low.to(out.dtype), up.to(out.dtype)
         _accumulate(out, low, up.t(), first=False)
 
@@ -84,7 +84,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total (+)= a @ b, summed over chunks in total's dtype."""
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
-    elif a.device.type == "cuda":
+    elif a.device.type == "cuda" and total.dtype == torch.float32:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
     elif first:
         total.copy_(torch.mm(a, b))
@@ -92,9 +92,10 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.add_(torch.mm(a, b))
 
 
-def _backward(model: Model, rows: slice, gradient: Tensor, scratch: Tensor) -> None:
+def _backward(model: Model, rows: slice, gradient: Tensor, scratch: Tensor, labels: Tensor | None) -> None:
     """The backward GEMMs of one chunk; gradient: (c, V) of its logits, scratch: at least c * max(D, r) elements."""
     v, first = gradient.shape[1], rows.start == 0
+    ignored = None if labels is None else (labels[rows] < 0).unsqueeze(1)
     for hidden, weight, grad_hidden, grad_weight in (
         (model.hidden, model.weight, model.grad_hidden, model.grad_weight),
         (model.low, model.up, model.grad_low, model.grad_up),
@@ -106,7 +107,8 @@ def _backward(model: Model, rows: slice, gradient: Tensor, scratch: Tensor) -> N
             _accumulate(dx, gradient, weight[:v], first=True)
             torch.mul(dx, model.scale, out=grad_hidden[rows])
         if grad_weight is not None:
-            _accumulate(grad_weight[:v], gradient.t(), hidden[rows], first)
+            x = hidden[rows] if ignored is None else hidden[rows].masked_fill(ignored, 0)  # they may hold NaN
+            _accumulate(grad_weight[:v], gradient.t(), x, first)
     if model.grad_bias is not None:
         total = gradient.sum(0, dtype=model.grad_bias.dtype)
         model.grad_bias[:v] = total if first else model.grad_bias[:v] + total
@@ -159,4 +161,4 @@ def run_chunks(
         )
         for model, side in zip(models, sides, strict=True):
             if side.gradient is not None:
-                _backward(model, rows, side.gradient[:, :vocab_size], scratch)
+                _backward(model, rows, side.gradient[:, :vocab_size], scratch, labels)

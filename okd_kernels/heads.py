@@ -111,12 +111,18 @@ class LinearHead:
         lora = None if self.lora is None else (self.lora[0].to(dtype), self.lora[1].to(dtype), self.lora[2])
         return LinearHead(self.weight.to(dtype), bias, self.logit_scale, self.softcap, lora)
 
-    def low_rank(self, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(scaling * hidden @ A.T, B): the LoRA as r more inner dimensions of the GEMM; (None, None) without."""
+    def low_rank(self, hidden: Tensor, labels: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """(scaling * hidden @ A.T, B): the LoRA as r more inner dimensions of the GEMM; (None, None) without.
+
+        In hidden's dtype: PEFT keeps an adapter in fp32 beside a 16-bit model. Rows with a negative label (N,) may hold
+        anything.
+        """
         if self.lora is None:
             return None, None
         down, up, scaling = self.lora
-        return scaling * (hidden @ down.t()), up
+        if labels is not None:
+            hidden = hidden.masked_fill((labels < 0).unsqueeze(1), 0)
+        return scaling * (hidden @ down.to(hidden.dtype).t()), up.to(hidden.dtype)
 
     def logits(self, hidden: Tensor, vocab_size: int | None = None) -> Tensor:
         """Whole logits (..., vocab_size) by the definition above."""

@@ -84,7 +84,7 @@ def linear_distillation_loss(
     for i, name in enumerate(("student", "teacher")):
         hiddens[i], heads[i] = gemm_operands(name, hiddens[i], heads[i])
     vocab_size = shared_vocab(heads[0].weight.shape[0], heads[1].weight.shape[0], vocab_size)
-    backend = resolve_backend(backend, student_hidden.device)
+    backend = resolve_backend(backend, student_hidden.device, ops.wide(hiddens[0].dtype, hiddens[1].dtype))
     rows = Tokens(shape, labels, token_weights, normalizer, reduction, ignore_index, vocab_size, student_hidden.device)
     check_temperature(temperature)
     check_teacher_share(teacher_share, objectives[1])
@@ -110,7 +110,7 @@ def linear_distillation_loss(
     operands = [
         operand
         for hidden, head in zip(hiddens, heads, strict=True)
-        for operand in (hidden, head.weight, head.bias, *head.low_rank(hidden))
+        for operand in (hidden, head.weight, head.bias, *head.low_rank(hidden, rows.labels))
     ]
     learns = torch.is_grad_enabled()
     needs = [
@@ -152,7 +152,8 @@ def distillation_loss(
     vocab_size: int | None = None,
     backend: str = "auto",
 ) -> DistillationLoss:
-    """`linear_distillation_loss` for a trainer that holds logits already: the same objectives, options and errors.
+    """`linear_distillation_loss` for a trainer that holds logits already: the same objectives and errors, and the
+    same options but `teacher_share` and `workspace_bytes`.
 
     The row mathematics is in fp32 whatever the logits' dtype, but logits rounded to bf16 have lost most of the gradient
     of two similar models before they get here (see README, "Numerics"): prefer hidden states.
@@ -163,7 +164,7 @@ def distillation_loss(
             raise TypeError(f"expected floating-point {name}_logits; got {logits.dtype}")
     common_shape(student_logits, teacher_logits, "logits")
     vocab_size = shared_vocab(student_logits.shape[-1], teacher_logits.shape[-1], vocab_size)
-    backend = resolve_backend(backend, student_logits.device)
+    backend = resolve_backend(backend, student_logits.device, ops.wide(student_logits.dtype, teacher_logits.dtype))
     rows = Tokens(
         student_logits.shape[:-1],
         labels,

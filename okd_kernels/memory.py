@@ -25,7 +25,7 @@ def workspace(*shapes: tuple[int, ...], like: Tensor) -> list[Tensor]:
         if buffer is None or buffer.numel() < n_bytes:
             _kept.buffer = None  # before the new one, not beside it
             with torch.inference_mode(False):  # an inference tensor could not be written to in training
-                _kept.buffer = buffer = torch.empty(n_bytes, dtype=torch.uint8)
+                _kept.buffer = buffer = torch.empty(n_bytes, dtype=torch.uint8, device=like.device)
         flat = buffer[:n_bytes].view(like.dtype)
     else:
         flat = like.new_empty(sum(sizes))

@@ -6,7 +6,8 @@ know, the per-token upstream gradients of `reduction="none"`, makes backward run
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +72,14 @@ def _empty_gradient(operand: Tensor | None, like: Tensor, need: bool) -> Tensor:
     return torch.empty_like(operand, memory_format=torch.contiguous_format)
 
 
+def fp16_range(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+    """Factors of the rows' gradients (n,) within fp16's range where that is their dtype, and by how much they grew."""
+    if dtype != torch.float16:
+        return weights, 1.0
+    weights, largest = normalise(weights)
+    return weights * FP16_GAIN, FP16_GAIN / largest
+
+
 @torch.library.custom_op("okd_kernels::linear_distillation", mutates_args=())
 def linear_distillation(
     student_hidden: Tensor,  # (N, D_s)
@@ -113,14 +122,15 @@ def linear_distillation(
     def compact(x: Tensor) -> Tensor:
         return x if kept is None else x[kept]
 
-    models, gains = [], []
+    models, row_scales = [], []
     for i, name, numbers, head in (
         (0, student, student_numbers, head_numbers[:2]),
         (PER_SIDE, teacher, teacher_numbers, head_numbers[2:]),
     ):
         hidden, weight, bias, low, up = operands[i : i + PER_SIDE]
         mine = (compact(hidden), weight, bias, None if low is None else compact(low), up)
-        gains.append(FP16_GAIN if hidden.dtype == torch.float16 else 1.0)
+        factors, gain = fp16_range(compact(row_weights)[:, i // PER_SIDE], hidden.dtype)
+        row_scales.append(factors)
         buffers = [
             _sum_buffer(x, output, by_row=j in BY_ROW, compacted=kept is not None) if need else None
             for j, (x, output, need) in enumerate(
@@ -128,7 +138,7 @@ def linear_distillation(
             )
         ]
         objective = _unpack(name, numbers)
-        models.append(Model(*mine, head[0], head[1] or None, objective, scale / gains[-1], *buffers))
+        models.append(Model(*mine, head[0], head[1] or None, objective, scale / gain, *buffers))
 
     row_losses, row_statistics = compact(losses), compact(statistics)
     if len(row_losses):
@@ -136,7 +146,7 @@ def linear_distillation(
             run_chunks(
                 (models[0], models[1]),
                 None if labels is None else compact(labels),
-                torch.stack([compact(row_weights)[:, i] * gain for i, gain in enumerate(gains)], 1),
+                torch.stack(row_scales, 1),
                 row_losses,
                 row_statistics,
                 temperature=temperature,
@@ -208,6 +218,27 @@ def times(gradient: Tensor, upstream: Tensor) -> Tensor:
     return gradient.mul_(upstream)
 
 
+def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Gradients made here are constants to autograd: refuse to differentiate them again, rather than give zero.
+
+    torch.autograd.function's decorator of this name does so only where the upstream gradient requires one.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():  # as always but under create_graph=True
+            return gradients
+        refuse = torch._C._functions.DelayedError(
+            b"expected a first derivative of the distillation loss; got a second: use backend='reference'", 1
+        )
+        return tuple(None if g is None else refuse(g.detach().requires_grad_()) for g in gradients)
+
+    return wrapper
+
+
+@once_differentiable
 def _backward(ctx: Any, totals: Tensor | None, losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     """Upstream times gradient, on the device."""
     needs, none = ctx.options[-1], (None,) * (len(ctx.options) + 4)
@@ -258,6 +289,9 @@ def logit_distillation(
             vocab_size=vocab_size,
             temperature=temperature,
         )
+    for gradient in written:
+        if gradient is not None:
+            gradient[:, vocab_size:] = 0  # padding; no backend writes it
     return losses, statistics, gradients[0], gradients[1]
 
 
@@ -273,6 +307,7 @@ def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.save_for_backward(*output[2:])
 
 
+@once_differentiable
 def _backward_rows(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     gradients = [
         (gradient * upstream[:, i : i + 1]).to(gradient.dtype) if need and upstream is not None else None

@@ -60,7 +60,8 @@ def _load(pointer, bias, offsets, loadable, v, scale, softcap, HAS_BIAS: tl.cons
         tanh = (1.0 - e) / (1.0 + e)
         slope = scale * (1.0 - tanh * tanh)
         x = tl.where(x < 0, -softcap * tanh, softcap * tanh)
-    return tl.where(offsets < v, tl.maximum(x, _FLOOR), _FLOOR), slope
+    # NaN stays NaN: it must reach the loss, not become an improbable token.
+    return tl.where(offsets < v, tl.maximum(x, _FLOOR, propagate_nan=tl.PropagateNan.ALL), _FLOOR), slope
 
 
 @triton.jit
@@ -78,7 +79,8 @@ def _gradient(g, slope_sum, q, q_at_1, factor, ce_factor, is_label, HAS_CE: tl.c
     return gradient
 
 
-@triton.jit
+# The per-token pointers move with the chunk: a kernel for each alignment would be compiled anew.
+@triton.jit(do_not_specialize_on_alignment=["labels_ptr", "row_scales_ptr", "losses_ptr", "statistics_ptr"])
 def _row_kernel(
     z_ptr, u_ptr,  # (n, V) logits of student and teacher; any float dtype
     dz_ptr, du_ptr,  # (n, V) gradients; may lie over the logits
@@ -215,8 +217,9 @@ def _row_kernel(
             u_label, _ = _load(u_ptr, u_bias_ptr, label, u_loadable, v, u_scale, u_softcap, U_BIAS, U_SOFTCAP)
             if HAS_SHARE:
                 u_label = z_label + teacher_share * (u_label - z_label)
-            s_nll = z_log_1 - (z_label - z_max)
-            t_nll = u_log_1 - (u_label - u_max)
+            # NaN for a label that is no token, which a GPU does not look for beforehand
+            s_nll = tl.where(label < v, z_log_1 - (z_label - z_max), float("nan"))
+            t_nll = tl.where(label < v, u_log_1 - (u_label - u_max), float("nan"))
         s_row_scale = tl.load(row_scales_ptr + row * 2)
         t_row_scale = tl.load(row_scales_ptr + row * 2 + 1)
         s_factor = s_row_scale * s_weight * temperature  # 1/T from the logits, T^2 on the loss
@@ -353,8 +356,8 @@ def triton_rows(
             u,
             dz,
             du,
-            z if student.bias is None else student.bias,
-            u if teacher.bias is None else teacher.bias,
+            z if student.bias is None else student.bias.contiguous(),
+            u if teacher.bias is None else teacher.bias.contiguous(),
             row_scales if labels is None else labels,
             row_scales,
             losses,

@@ -155,7 +155,7 @@ def linear_sparse_distillation_loss(
     dtype, width = wide(hidden.dtype), target_ids.shape[-1]
     per_token = reduction == "none"
     weights, scale = rows.weights(dtype)
-    operands = (hidden, head.weight, head.bias, *head.low_rank(hidden))
+    operands = (hidden, head.weight, head.bias, *head.low_rank(hidden, rows.labels))
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in operands]
     total, losses, statistics, *_ = sparse_distillation(
         *operands,

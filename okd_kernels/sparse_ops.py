@@ -18,13 +18,14 @@ from okd_kernels.divergences import Objective
 from okd_kernels.memory import workspace
 from okd_kernels.ops import (
     BY_ROW,
-    FP16_GAIN,
     PER_SIDE,
     _empty_gradient,
     _finish,
     _sum_buffer,
     counted_rows,
+    fp16_range,
     normalise,
+    once_differentiable,
     times,
     wide,
 )
@@ -258,7 +259,7 @@ def sparse_distillation(
         _sum_buffer(x, output, by_row=i in BY_ROW, compacted=kept is not None) if need and not per_token else None
         for i, (x, output, need) in enumerate(zip(operands, gradients, needs, strict=True))
     ]
-    gain = FP16_GAIN if hidden.dtype == torch.float16 else 1.0
+    row_scales, gain = fp16_range(compact(row_weights), hidden.dtype)
     objective = Objective(divergence, *weights)
     model = Model(*operands, head_numbers[0], head_numbers[1] or None, objective, scale / gain, *buffers)
     row_losses, row_statistics = compact(losses), compact(statistics)
@@ -269,7 +270,7 @@ def sparse_distillation(
                 None if labels is None else compact(labels),
                 compact(ids),
                 compact(log_p),
-                compact(row_weights) * gain,
+                row_scales,
                 row_losses,
                 row_statistics,
                 tail=tail,
@@ -323,7 +324,7 @@ def _run_chunks(
                 vocab_size=vocab_size,
             )
         if gradient is not None:
-            _backward(model, rows, gradient[:, :vocab_size], scratch)
+            _backward(model, rows, gradient[:, :vocab_size], scratch, labels)
 
 
 def _outputs(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
@@ -346,6 +347,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*(inputs[: PER_SIDE + 3] if ctx.per_token else output[3:]))
 
 
+@once_differentiable
 def _sparse_backward(ctx: Any, total: Tensor | None, losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     """Upstream times gradient, on the device."""
     needs, none = ctx.options[-1], (None,) * (6 + len(ctx.options))

@@ -30,7 +30,7 @@ def _transform(side: Side, rows: slice, v: int, dtype: torch.dtype, ignored: Ten
     if side.softcap is not None:
         x = torch.tanh(x / side.softcap) * side.softcap
     # Reading the minimum is cheaper than clamping; on an accelerator it would synchronise.
-    if x.device.type != "cpu" or x.amin() < FLOOR:
+    if x.device.type != "cpu" or not x.amin() >= FLOOR:  # a NaN in one row must not leave -inf in another
         x = x.clamp_min(FLOOR)
     return x
 
@@ -131,7 +131,6 @@ def _write_gradient(
     if side.softcap is not None:
         gradient = gradient.mul_(1 - (logits / side.softcap) ** 2)
     torch.mul(gradient, row_scale * (factor * side.logit_scale), out=side.gradient[rows, :v])
-    side.gradient[rows, v:] = 0
 
 
 def torch_rows(

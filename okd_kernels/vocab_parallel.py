@@ -21,7 +21,7 @@ from okd_kernels.chunks import Model, _backward, chunk_rows, project
 from okd_kernels.divergences import DIVERGENCES, Objective
 from okd_kernels.heads import LinearHead
 from okd_kernels.memory import workspace
-from okd_kernels.ops import BY_ROW, FP16_GAIN, PER_SIDE, wide
+from okd_kernels.ops import BY_ROW, PER_SIDE, fp16_range, once_differentiable, wide
 from okd_kernels.rows import STATISTICS, Side
 from okd_kernels.tokens import DistillationLoss, Tokens
 from okd_kernels.torch_rows import BLOCK_ELEMENTS, _infinite, _transform
@@ -170,15 +170,16 @@ class _VocabParallel(torch.autograd.Function):
             torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) if need else None
             for x, need in zip(operands, task.needs, strict=True)
         ]
-        models, gains = [], []
+        models, row_scales = [], []
         for i, (objective, head) in enumerate(zip(task.objectives, task.heads, strict=True)):
             side = slice(PER_SIDE * i, PER_SIDE * (i + 1))
             hidden, weight, bias, low, up = operands[side]
-            gains.append(FP16_GAIN if hidden.dtype == torch.float16 else 1.0)
-            numbers = head.logit_scale, head.softcap, objective, task.scale / gains[-1]
+            factors, gain = fp16_range(task.weights[:, i], hidden.dtype)
+            row_scales.append(factors)
+            numbers = head.logit_scale, head.softcap, objective, task.scale / gain
             models.append(Model(hidden, weight, bias, low, up, *numbers, *sums[side]))
         with torch.autocast(task.weights.device.type, enabled=False):
-            losses, statistics = _run(models, task, task.weights * task.weights.new_tensor(gains))
+            losses, statistics = _run(models, task, torch.stack(row_scales, 1))
         for i, total in enumerate(sums):
             if total is not None and i % PER_SIDE in BY_ROW:
                 dist.all_reduce(total, group=task.group)
@@ -190,6 +191,7 @@ class _VocabParallel(torch.autograd.Function):
         return (losses * task.weights).sum(0) * task.scale, statistics
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
         """Out of place, so that backward may run twice."""
         totals = upstream[0]
@@ -224,7 +226,7 @@ def _run(models: list[Model], task: _Task, row_scales: Tensor) -> tuple[Tensor, 
         chunk.gradients(row_scales[rows])
         for model, side in zip(models, sides, strict=True):
             if side.gradient is not None:
-                _backward(model, rows, side.gradient, scratch)
+                _backward(model, rows, side.gradient, scratch, None)
 
     dist.all_reduce(values, group=task.group)
     student, teacher, forward, reverse, *entropies, common_tops = values.unbind(1)

@@ -179,6 +179,16 @@ def test_heads_padded_to_different_sizes_are_compared_on_the_ids_they_share():
     assert measured(student, teacher) == pytest.approx(expected_divergences(student, cut, ROWS), rel=1e-10)
 
 
+def test_padding_that_both_heads_have_is_cut_off_by_vocab_size():
+    student, teacher = llama(0, vocab_size=VOCAB + 32), llama(1, vocab_size=VOCAB + 16)
+    cut = copy.deepcopy((student, teacher))
+    for model in cut:
+        model.resize_token_embeddings(VOCAB)
+    expected = expected_divergences(*cut, ROWS)
+    assert measured(student, teacher, vocab_size=VOCAB) == pytest.approx(expected, rel=1e-10)
+    assert measured(student, teacher)["forward_kl"] != pytest.approx(expected["forward_kl"], rel=1e-3)
+
+
 def test_the_teachers_adapter_is_off_and_on_again_afterwards():
     student, base = llama(0), llama(1)
     teacher = adapted(copy.deepcopy(base))

@@ -168,7 +168,10 @@ def expect_distillm2(both, inputs, z, u, t):
 def expect_teacher(both, inputs, z, u, t):
     a = both.args.teacher_kl_weight
     distance = kl((z / t).log_softmax(-1).detach(), (u / t).log_softmax(-1)).sum()
-    return a * t**2 * distance + (1 - a) * nn.functional.cross_entropy(u, inputs["targets"], reduction="sum")
+    nll = nn.functional.cross_entropy(u, inputs["targets"], reduction="none")
+    if both.args.method == "distillm2":  # the student's own words are no references
+        nll = nll[~inputs["student_written"][row_of(inputs)]]
+    return a * t**2 * distance + (1 - a) * nll.sum()
 
 
 def gradients(both, loss):
@@ -205,6 +208,14 @@ def test_the_loss_is_its_definition(name, online, temperature):
     assert any("lora_B" in n for n in ours) == bool(online)
     for metric, values in loss.metrics.items():
         assert values.shape == inputs["targets"].shape and not values.requires_grad, metric
+
+
+@pytest.mark.parametrize("method", ["minillm", "skd", "gkd"])
+def test_an_online_teacher_learns_no_words_of_the_student_as_labels(method):
+    written = method != "skd"  # drafts that the teacher has mended are marked as nobody's
+    both, inputs = pair(method, online=True), batch(student_written=written)
+    distance = kl(*(logits(model, inputs).log_softmax(-1) for model in (both.student, both.teacher))).mean()
+    assert both(**inputs).teacher.item() == pytest.approx(both.args.teacher_kl_weight * distance.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)

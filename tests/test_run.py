@@ -229,6 +229,12 @@ def test_unknown_option_is_an_error(capsys):
         main(["demo", "--step", "1", "--sed", "3"])
 
 
+def test_transformers_way_to_resume_names_ours(capsys):
+    with pytest.raises(SystemExit):
+        parse_train(["okd", "--resume-from-checkpoint", "runs/checkpoint-3"])
+    assert "expected --resume," in capsys.readouterr().err
+
+
 def test_help_is_short(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])

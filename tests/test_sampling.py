@@ -194,6 +194,20 @@ def test_the_teacher_writes_as_it_was_and_judges_as_it_is(tmp_path):
     assert not any("student_written" in row for row in found["teacher", 0])
 
 
+def test_a_teacher_whose_prefix_is_off_may_write(tmp_path):
+    run = trainer(tmp_path, "distillm2", online_teacher=True, online_module="prefix")
+    assert len(run.sampler.respond(rows(), "teacher")) == 4
+
+
+def test_evaluating_other_data_does_not_move_phi(tmp_path):
+    run = trainer(tmp_path, "distillm", eval_strategy="steps", eval_steps=1)
+    before = dict(run.sampler.state)
+    run.evaluate(tiny.examples(4), metric_key_prefix="train")
+    assert run.sampler.state == before
+    run.evaluate()
+    assert run.sampler.state != before
+
+
 def test_a_frozen_teachers_own_adapter_is_the_teacher(tmp_path):
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
     torch.manual_seed(0)

@@ -240,6 +240,74 @@ def test_resume_equals_not_stopping(tmp_path):
         assert torch.equal(parameter, expected[name]), name
 
 
+def test_resume_with_an_encoder_that_peft_does_not_save(tmp_path):
+    """p-tuning: PEFT saves the prompt, which a network makes; the network trains on."""
+    options = {"max_steps": 4, "online_module": "p_tuning"}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    trainer(tmp_path / "parts", save_strategy="steps", save_steps=2, **options).train()
+    torch.manual_seed(99)  # another encoder to begin with
+    again = trainer(tmp_path / "parts", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    expected = dict(whole.pair.named_parameters())
+    for name, parameter in again.pair.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_resume_with_an_adapter_of_another_name(tmp_path):
+    def run(**options):
+        torch.manual_seed(0)
+        adapter = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+        teacher = get_peft_model(tiny.llama(seed=1), adapter, adapter_name="online")
+        return trainer(tmp_path, teacher=teacher, max_steps=4, **options)
+
+    whole = run(save_strategy="steps", save_steps=2)
+    whole.train()
+    again = run()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    expected = dict(whole.pair.named_parameters())
+    for name, parameter in again.pair.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_a_frozen_teachers_own_adapter_is_part_of_the_judge(tmp_path):
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    torch.manual_seed(0)
+    teacher = get_peft_model(tiny.llama(seed=1), adapter)
+    online, merged = copy.deepcopy(teacher), copy.deepcopy(teacher).merge_and_unload()
+
+    def measured(teacher, method):
+        return trainer(tmp_path, teacher=teacher, method=method).evaluate()["eval_forward_kl"]
+
+    assert measured(teacher, "forward_kd") == pytest.approx(measured(merged, "forward_kd"), rel=1e-5)
+    assert measured(online, "okd") == pytest.approx(measured(tiny.llama(seed=1), "forward_kd"), rel=1e-5)
+
+
+def test_dropout_of_the_teachers_base_is_off_and_of_its_lora_on(tmp_path):
+    teacher = tiny.llama(seed=1, attention_dropout=0.5)
+    run = trainer(tmp_path, teacher=teacher, online_dropout=0.1)
+    run.pair.train()
+    training = {name for name, module in run.pair.teacher.named_modules() if module.training}
+    assert training and all("lora_dropout" in name for name in training)
+    run.pair.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    run.pair.train()
+    layers = run.pair.teacher.get_base_model().model.layers
+    assert all(layer.training and not layer.self_attn.training for layer in layers), "a layer asks its own flag"
+
+
+def test_several_gpus_in_one_process_are_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(OKDConfig, "n_gpu", property(lambda self: getattr(self, "_n_gpu", 2) or 2))
+    assert config(tmp_path)._n_gpu == 1
+
+
+def test_a_teacher_alone_may_move(tmp_path):
+    run = trainer(tmp_path, learning_rate=0.0, online_learning_rate=1e-3, max_steps=2)
+    before = copy.deepcopy(run.pair.student.state_dict())
+    run.train()
+    assert all(torch.equal(x, before[name]) for name, x in run.pair.student.state_dict().items())
+    assert [e["online_learning_rate"] for e in run.state.log_history if "student_loss" in e] == [1e-3, 1e-3]
+
+
 def test_saves_student_and_adapter_without_pickles(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -273,10 +341,10 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path):
     assert saved["step"] == 0 and len(saved["ids"]) == 4 and saved["ids"][0].startswith("example-")
 
 
-def test_a_frozen_teacher_stays_in_evaluation_mode(tmp_path):
+def test_a_teacher_stays_in_evaluation_mode(tmp_path):
     frozen, online = trainer(tmp_path, method="forward_kd").pair, trainer(tmp_path).pair
-    assert not frozen.train().teacher.training and frozen.student.training
-    assert online.train().teacher.training
+    for both in (frozen, online):
+        assert not both.train().teacher.training and both.student.training
 
 
 def test_online_module_on_the_last_layers_only(tmp_path):
