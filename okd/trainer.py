@@ -191,7 +191,7 @@ class OKDTrainer(Trainer):
                 logs |= self.sampler.logs()
             if self.args.online and self.optimizer is not None:
                 rate, own = self.args.learning_rate, self.optimizer.param_groups[-1]["initial_lr"]
-                logs["online_learning_rate"] = logs["learning_rate"] * own / rate if rate else own
+                logs["online_learning_rate"] = logs["learning_rate"] * (own / rate) if rate else own
             self._sums, self._counts, self._logged_at = {}, {}, time.perf_counter()
         super().log(logs, start_time)
 
