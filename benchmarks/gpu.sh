@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All that wants a GPU, in about nine minutes: kernel tests, launches, loss and step. Needs `pip install -e
-# ".[bench]"`. Results go to $1 (default: benchmarks/results); a part that fails or takes too
-# long does not stop the next.
+# All that wants a GPU, in about nine minutes: kernel tests, launches, loss and step. Needs
+# `pip install -e ".[bench]"`. Results go to $1 (default: benchmarks/results); a part that fails or takes too long does
+# not stop the next.
 cd "$(dirname "$0")/.." || exit 1
 results=${1:-benchmarks/results}
 mkdir -p "$results"
