@@ -44,14 +44,15 @@ def divergence(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Di
     On a batch that the student wrote, or drafted (SKD), the teacher's loss has no cross-entropy (ours): the tokens are
     no references.
     """
-    options = _no_references(pair) if _student_wrote(pair, batch) else {}
+    options = _references_or_not(pair, batch)
     return pair.distil(pair.student_rows(batch), pair.teacher_rows(batch), batch["targets"], normalizer, **options)
 
 
-def _student_wrote(pair: StudentTeacher, batch: Batch) -> bool:
-    """Whether all responses are the student's words."""
+def _references_or_not(pair: StudentTeacher, batch: Batch) -> dict[str, Any]:
+    """Options of `distil` for a batch whose responses may all be the student's words."""
     policy = pair.args.preset.sequences
-    return policy == "interleaved" or (policy != "dataset" and bool(batch["student_written"].all()))
+    own = policy == "interleaved" or (policy != "dataset" and bool(batch["student_written"].all()))
+    return _no_references(pair) if own else {}
 
 
 def _no_references(pair: StudentTeacher) -> dict[str, Any]:
@@ -189,7 +190,7 @@ def minillm(
     it estimates that gradient. One step a sample, so that PPO's clipping and importance weights have nothing to do.
     """
     student, targets = pair.student_rows(batch), batch["targets"]
-    options = _no_references(pair) if _student_wrote(pair, batch) else {}
+    options = _references_or_not(pair, batch)
     loss = pair.distil(student, pair.teacher_rows(batch), targets, normalizer, **options)
     rewards = loss.metrics["student_nll"] - loss.metrics["teacher_nll"]
     returns = _future(rewards, batch, mean=length_normalized)

@@ -45,9 +45,7 @@ def prepare_teacher(
         teacher = Ensemble(teacher) if len(teacher) > 1 else teacher[0]
     check_number_of_teachers(args, len(teacher.members) if isinstance(teacher, Ensemble) else 1)
     if hasattr(teacher, "peft_config"):
-        teacher.adapter_is_online = (
-            args.online
-        )  # else what it learned before is part of the teacher, as `base_teacher` sees
+        teacher.adapter_is_online = args.online  # else it is part of the teacher, to `base_teacher` too
     if not args.online:
         return teacher.requires_grad_(False)
     if not hasattr(teacher, "peft_config"):

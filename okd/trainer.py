@@ -340,9 +340,10 @@ def _load_weights(model: Any, directory: Path) -> None:
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
-        name, encoder = model.active_adapter, (directory / ENCODER).is_file()
+        name, file = model.active_adapter, directory / ENCODER
+        encoder = file.is_file()
         directory = directory if name == "default" else directory / name
-        weights = load_file(directory / ENCODER) if encoder else load_peft_weights(str(directory))
+        weights = load_file(file) if encoder else load_peft_weights(str(directory))
         expected = _trainable(model) if encoder else get_peft_model_state_dict(model, adapter_name=name)
         differing = sorted(weights.keys() ^ expected.keys())
         if differing:
