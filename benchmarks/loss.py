@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
+from okd_kernels.chunks import row_stride
 from okd_kernels.memory import release
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -109,40 +110,43 @@ def seconds(run: Callable[[], Any], device: str) -> float:
 class Floor:
     """The GEMMs alone, in the operands' dtype and into preallocated outputs, over counted rows only.
 
-    Each of them runs over the whole of N or in chunks, whichever a calibration found faster, so that the sum is a lower
-    bound and not one more implementation.
+    Each of them runs over the whole of N or in chunks, logits dense or at `row_stride`, whichever a calibration found
+    fastest, so that the sum is a lower bound and not one more implementation.
     """
 
     def __init__(self, tensors: list[Tensor], device: str):
         counted = tensors[4] != peers.IGNORE
         self.device, (_, self.w, _, self.u, _) = device, tensors
         self.x, self.y = tensors[0][counted], tensors[2][counted]
-        self.logits = self.x.new_empty(len(self.x), len(self.w))
+        n, v = len(self.x), len(self.w)
+        logits = [self.x.new_empty(n, stride)[:, :v] for stride in sorted({v, row_stride(v)})]
         self.dx, self.dy, self.dw = (torch.empty_like(t) for t in (self.x, self.y, self.w))
         self.parts = {
-            "student logits": lambda rows: torch.mm(self.x[rows], self.w.t(), out=self.logits[rows]),
-            "teacher logits": lambda rows: torch.mm(self.y[rows], self.u.t(), out=self.logits[rows]),
-            "student dX": lambda rows: torch.mm(self.logits[rows], self.w, out=self.dx[rows]),
+            "student logits": lambda rows, logits: torch.mm(self.x[rows], self.w.t(), out=logits[rows]),
+            "teacher logits": lambda rows, logits: torch.mm(self.y[rows], self.u.t(), out=logits[rows]),
+            "student dX": lambda rows, logits: torch.mm(logits[rows], self.w, out=self.dx[rows]),
             "student dW": self._dw,
-            "teacher dX": lambda rows: torch.mm(self.logits[rows], self.u, out=self.dy[rows]),
+            "teacher dX": lambda rows, logits: torch.mm(logits[rows], self.u, out=self.dy[rows]),
         }
-        sizes = sorted({min(size, len(self.x)) for size in (*FLOOR_CHUNKS, len(self.x))})
+        sizes = sorted({min(size, n) for size in (*FLOOR_CHUNKS, n)})
+        ways = [(size, x) for x in logits for size in sizes]
         for part in self.parts:
-            self._run(part, len(self.x))
-        self.chunks = {part: min(sizes, key=lambda size, p=part: self._time(p, size)) for part in self.parts}
+            for x in logits:
+                self._run(part, n, x)
+        self.ways = {part: min(ways, key=lambda way, p=part: self._time(p, *way)) for part in self.parts}
 
-    def _dw(self, rows: slice) -> None:
-        torch.addmm(self.dw, self.logits[rows].t(), self.x[rows], beta=int(rows.start > 0), out=self.dw)
+    def _dw(self, rows: slice, logits: Tensor) -> None:
+        torch.addmm(self.dw, logits[rows].t(), self.x[rows], beta=int(rows.start > 0), out=self.dw)
 
-    def _run(self, part: str, chunk: int) -> None:
+    def _run(self, part: str, chunk: int, logits: Tensor) -> None:
         for start in range(0, len(self.x), chunk):
-            self.parts[part](slice(start, min(start + chunk, len(self.x))))
+            self.parts[part](slice(start, min(start + chunk, len(self.x))), logits)
 
-    def _time(self, part: str, chunk: int) -> float:
-        return seconds(partial(self._run, part, chunk), self.device)
+    def _time(self, part: str, chunk: int, logits: Tensor) -> float:
+        return seconds(partial(self._run, part, chunk, logits), self.device)
 
     def times(self) -> dict[str, float]:
-        return {part: self._time(part, chunk) for part, chunk in self.chunks.items()}
+        return {part: self._time(part, *way) for part, way in self.ways.items()}
 
 
 def measure_time(case: Case, candidates: list[Candidate], repeats: int) -> tuple[dict, dict]:

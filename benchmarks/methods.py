@@ -14,6 +14,8 @@ The paper's protocol fine-tunes the teacher on the training data first (`--tune-
 and its students are pre-trained models: a student that has lost layers is mended first (`--tune-student`: steps, by
 default of forward KD from the teacher as it was before its own tuning). Both are made once, under output-dir/models.
 
+Of an online teacher the table says how far its module has moved it, KL(base ‖ online teacher), and its own CE.
+
 Peak memory is of training in its process, with the teacher that judges, which sft would not need.
 """
 
@@ -40,6 +42,7 @@ from okd import METHODS, OKDConfig, OKDTrainer
 from okd.data import encode, read_jsonl
 from okd.evaluate import divergence_metrics, evaluate
 from okd.models import SMOLLM2, check_tokenizers, keep_layers, load_model, load_tokenizer, parse_layers
+from okd.teachers import teacher_shift
 
 DEFAULT_METHODS = ("okd", "sft", "forward_kd", "gkd")
 TEACHER_RANK = 16  # of the LoRA that `--tune-teacher` merges
@@ -49,12 +52,14 @@ SETTINGS = (  # what all lines of a results.jsonl have in common
     *("tune_student_method", "batch_size", "max_length", "learning_rate", "set", "device"),
     *("eval_examples", "answers", "answer_seeds", "max_new_tokens", "curve_examples", "curve_points"),
 )
-COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], float], str]] = {  # title, of a result, format
-    "rouge_l": ("ROUGE-L", lambda r: math.nan if r["metrics"]["rouge_l"] is None else r["metrics"]["rouge_l"], ".2f"),
+COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], float | None], str]] = {  # title, of a result, format
+    "rouge_l": ("ROUGE-L", lambda r: r["metrics"]["rouge_l"], ".2f"),
     "forward_kl": ("KL(p‖q)", lambda r: r["metrics"]["forward_kl"], ".4f"),
     "reverse_kl": ("KL(q‖p)", lambda r: r["metrics"]["reverse_kl"], ".4f"),
     "top1_agreement": ("top-1 %", lambda r: 100 * r["metrics"]["top1_agreement"], ".1f"),
     "ce": ("CE", lambda r: math.log(r["metrics"]["perplexity"]), ".4f"),
+    "teacher_shift": ("KL(p‖online p)", lambda r: r.get("teacher", {}).get("forward_kl"), ".4f"),
+    "teacher_ce": ("online p's CE", lambda r: r.get("teacher", {}).get("student_nll"), ".4f"),
     "steps": ("steps", lambda r: r["steps"], ".0f"),
     "step_s": ("s/step", lambda r: r["step_s"], ".2f"),
     "train_s": ("train s", lambda r: r["train_s"], ".1f"),
@@ -183,7 +188,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         trainer = OKDTrainer(student, teacher, args, data, rows, processing_class=tokenizer, callbacks=[curve, clock])
         reset_peak(job["device"])
         trainer.train()
-        result = {
+        result: dict[str, Any] = {
             "train_s": sum(clock.steps),
             "step_s": statistics.fmean(clock.steps[1:] or clock.steps),  # the first allocates
             "generating_share": sum(clock.before) / sum(clock.steps),
@@ -194,6 +199,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         if not curve.points or curve.points[-1][0] < steps:
             trainer.evaluate()
     judge = teacher if trainer.pair.teacher is None else trainer.pair.teacher  # with the adapter, which goes off
+    if trainer.args.online:
+        result["teacher"] = trainer.held_out_means(held_out(job, tokenizer)[: job["eval_examples"]], teacher_shift)
     return {**result, "metrics": quality(job, student, judge, tokenizer), "curve": curve.points}
 
 
@@ -300,9 +307,16 @@ def estimate(results: Results, args: argparse.Namespace) -> float:
 
 
 def aggregate(runs: list[dict[str, Any]]) -> dict[str, tuple[float, float | None]]:
-    """(mean, standard deviation over seeds) of each column; a single seed has no deviation."""
-    values = {name: [column(run) for run in runs] for name, (_, column, _) in COLUMNS.items()}
+    """(mean, standard deviation over seeds) of each column that all runs have; a single seed has no deviation."""
+    found = {name: [column(run) for run in runs] for name, (_, column, _) in COLUMNS.items()}
+    values = {name: [x for x in xs if x is not None] for name, xs in found.items() if None not in xs}
     return {name: (statistics.fmean(x), statistics.stdev(x) if len(x) > 1 else None) for name, x in values.items()}
+
+
+def _cell(mean: float | None, deviation: float | None, form: str) -> str:
+    if mean is None:
+        return ""
+    return f"{mean:{form}}" if deviation is None else f"{mean:{form}} ± {deviation:{form}}"
 
 
 def table(title: str, rows: dict[str, list[dict[str, Any]]], baselines: dict[str, dict[str, Any]]) -> str:
@@ -314,17 +328,17 @@ def table(title: str, rows: dict[str, list[dict[str, Any]]], baselines: dict[str
         "|---|" + "---:|" * (len(COLUMNS) + 1),
     ]
     for name, result in baselines.items():
-        cells = [format(f(result), form) if k in with_deviation else "" for k, (_, f, form) in COLUMNS.items()]
+        cells = [_cell(f(result), None, form) if k in with_deviation else "" for k, (_, f, form) in COLUMNS.items()]
         lines.append("| " + " | ".join([f"*{name}*", "", *cells]) + " |")
     for variant, runs in rows.items():
         if not runs:
             lines.append(f"| {variant} | 0 | failed |" + " |" * (len(COLUMNS) - 1))
             continue
         cells = []
-        for name, (mean, deviation) in aggregate(runs).items():
-            form = COLUMNS[name][2]
-            shown = name in with_deviation and deviation is not None
-            cells.append(f"{mean:{form}} ± {deviation:{form}}" if shown else f"{mean:{form}}")
+        values = aggregate(runs)
+        for name in COLUMNS:
+            mean, deviation = values.get(name, (None, None))
+            cells.append(_cell(mean, deviation if name in with_deviation else None, COLUMNS[name][2]))
         lines.append("| " + " | ".join([variant, str(len(runs)), *cells]) + " |")
     return "\n".join(lines)
 

@@ -35,6 +35,7 @@ PANELS: dict[tuple[str, str], tuple[Curve, ...]] = {  # (title, y label) -> curv
         Curve("base_forward_kl", "training"),
         Curve("eval_forward_kl", "held out"),
     ),
+    ("KL(base teacher ‖ online teacher)", "nats per token"): (Curve("teacher_shift", "training", TEACHER),),
     ("Top-1 agreement with the teacher", "% of tokens"): (
         Curve("top1_agreement", "training", scale=100),
         Curve("eval_top1_agreement", "held out", scale=100),

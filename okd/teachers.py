@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from okd.config import METHODS, OKDConfig
 from okd.models import check_head, hidden_states, load_model
 from okd.objectives import divergence
-from okd.pair import StudentTeacher
-from okd_kernels import LinearHead
+from okd.pair import Batch, StudentTeacher
+from okd_kernels import DistillationLoss, LinearHead, linear_distillation_loss
 
 CALIBRATION_BATCHES = 8  # of the training batch size, spread over the training data
 
@@ -149,6 +149,21 @@ def base_teacher(teacher: Any) -> Iterator[None]:
         yield
     for parameter, requires_grad in flags:  # PEFT leaves every adapter trainable, frozen ones too
         parameter.requires_grad_(requires_grad)
+
+
+@torch.no_grad()
+def teacher_shift(pair: StudentTeacher, batch: Batch, normalizer: Any = None) -> DistillationLoss:
+    """KL(base teacher || online teacher), in nats: how far the module has moved its teacher. For `pair(loss=...)`.
+
+    The online teacher stands in the student's place: `student_nll` is that of its labels.
+    """
+    rows, head = pair.teacher_rows(batch), LinearHead.from_model(pair.teacher)
+    with base_teacher(pair.teacher):
+        base_rows, base_head = pair.teacher_rows(batch), LinearHead.from_model(pair.teacher)
+    vocab_size, targets = pair.args.vocab_size, batch["targets"]
+    return linear_distillation_loss(
+        rows, head, base_rows, base_head, targets, normalizer=normalizer, vocab_size=vocab_size
+    )
 
 
 def adapter_names(teacher: nn.Module) -> set[str]:

@@ -20,10 +20,10 @@ from okd.config import OKDConfig
 from okd.data import Collator, Encoded, encode
 from okd.evaluate import divergence_metrics
 from okd.models import check_head, describe_parameters, evaluating
-from okd.objectives import divergence
+from okd.objectives import Loss, divergence
 from okd.pair import StudentTeacher
 from okd.sampling import Sampler
-from okd.teachers import Ensemble, base_teacher, prepare_teacher
+from okd.teachers import Ensemble, base_teacher, prepare_teacher, teacher_shift
 from okd_kernels import DistillationLoss
 
 UNLOGGED = {"reverse_kl", "student_entropy", "teacher_entropy", "student_nll", "teacher_nll"}  # of a loss's metrics
@@ -178,7 +178,7 @@ class OKDTrainer(Trainer):
         self._last_batch = batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add per-token losses and statistics since the last entry, the KL to the base teacher, and the throughput."""
+        """Add per-token losses and statistics since the last entry, two KLs to the base teacher, and the throughput."""
         if "loss" in logs and self._sums:
             sums = {name: float(value) for name, value in self._sums.items()}
             tokens = sums.pop("tokens")
@@ -186,7 +186,10 @@ class OKDTrainer(Trainer):
             logs |= {name: value / self._counts[name] for name, value in sums.items()}
             logs["tokens_per_second"] = tokens / (now - self._logged_at)
             if self.pair.teacher is not None:
-                logs["base_forward_kl"] = self._base_forward_kl()
+                with base_teacher(self.pair.teacher):
+                    logs["base_forward_kl"] = self._last_forward_kl(divergence)
+            if self.args.online:
+                logs["teacher_shift"] = self._last_forward_kl(teacher_shift)
             if self.args.preset.sequences != "dataset":
                 logs |= self.sampler.logs()
             if self.args.online and self.optimizer is not None:
@@ -196,11 +199,10 @@ class OKDTrainer(Trainer):
         super().log(logs, start_time)
 
     @torch.no_grad()
-    def _base_forward_kl(self) -> float:
-        """KL(base teacher || student) of the last batch: the teacher as it was before its online module."""
-        judged = evaluating(self.pair.student, self.pair.teacher)  # without dropout
-        with judged, base_teacher(self.pair.teacher), self.accelerator.autocast():
-            return self.pair(**self._last_batch, loss=divergence).metrics["forward_kl"].mean().item()
+    def _last_forward_kl(self, loss: Loss) -> float:
+        """Of the last batch, without dropout."""
+        with evaluating(self.pair.student, self.pair.teacher), self.accelerator.autocast():
+            return self.pair(**self._last_batch, loss=loss).metrics["forward_kl"].mean().item()
 
     # --- the two sides' parameters ---
 
@@ -245,7 +247,7 @@ class OKDTrainer(Trainer):
         )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         if self.pair.selection is not None:  # the KL to the first teacher is not what these students minimise
-            loss = self._held_out_mean("distillation_loss", rows)
+            loss = self.held_out_means(rows)["distillation_loss"]
         else:
             loss = metrics.get(f"{metric_key_prefix}_forward_kl", math.log(metrics[f"{metric_key_prefix}_perplexity"]))
         metrics[f"{metric_key_prefix}_loss"] = loss
@@ -256,17 +258,20 @@ class OKDTrainer(Trainer):
         return metrics
 
     @torch.no_grad()
-    def _held_out_mean(self, name: str, rows: list[Any]) -> float:
-        """Mean over the response tokens of held-out rows of a metric of the method's own loss."""
-        training, size, total, tokens = self.pair.training, self.args.per_device_eval_batch_size, 0.0, 0
+    def held_out_means(self, rows: list[dict[str, Any]], loss: Loss | None = None) -> dict[str, float]:
+        """Means over the response tokens of held-out, encoded rows: the metrics of the method's loss, or another."""
+        training, size, tokens = self.pair.training, self.args.per_device_eval_batch_size, 0
+        sums: dict[str, float] = {}
         self.pair.eval()
         for start in range(0, len(rows), size):
             collated = self._prepare_inputs(self.data_collator(rows[start : start + size]))
             with self.accelerator.autocast():
-                values = self.pair(**{key: collated[key] for key in BATCH}).metrics[name]
-            total, tokens = total + values.double().sum().item(), tokens + values.numel()
+                metrics = self.pair(**{key: collated[key] for key in BATCH}, loss=loss).metrics
+            for name, values in metrics.items():
+                sums[name] = sums.get(name, 0.0) + values.double().sum().item()
+            tokens += len(collated["targets"])
         self.pair.train(training)
-        return total / max(tokens, 1)
+        return {name: value / max(tokens, 1) for name, value in sums.items()}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """`student/` and `teacher_adapter/`: neither the base teacher nor pickles."""
@@ -277,7 +282,8 @@ class OKDTrainer(Trainer):
         for name, model in parts.items():
             own = None if state_dict is None else _part(state_dict, "student." if name == STUDENT else "teacher.")
             model.save_pretrained(directory / name, state_dict=own)
-            if name == ADAPTER and self.args.online_kind == "p_tuning":  # PEFT saves what its encoder makes, not itself
+            if name == ADAPTER and model.active_peft_config.peft_type == "P_TUNING":
+                # PEFT saves what its encoder makes, not itself
                 save_file(_trainable(model, own), directory / name / ENCODER)
         if self.pair.selection is not None:
             own = _part(state_dict, "selection.") if state_dict is not None else self.pair.selection.state_dict()

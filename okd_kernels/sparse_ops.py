@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from okd_kernels.chunks import Model, _backward, chunk_rows, project
+from okd_kernels.chunks import Model, _backward, chunk_rows, project, row_stride
 from okd_kernels.divergences import Objective
 from okd_kernels.memory import workspace
 from okd_kernels.ops import (
@@ -198,8 +198,8 @@ def topk(
     ids, log_probs, log_sum_exp = _topk_outputs(hidden, k)
     model = Model(hidden, weight, bias, low, up, head_numbers[0], head_numbers[1] or None, None, hidden.new_ones(()))
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows, logits in _chunks(vocab_size, log_sum_exp, workspace_bytes):
-            project(model, rows, out=logits)
+        for rows, logits in _chunks(row_stride(vocab_size), log_sum_exp, workspace_bytes):
+            project(model, rows, out=logits[:, :vocab_size])
             side = Side(logits, None, None, bias, model.logit_scale, model.softcap)
             for block in _blocks(logits):
                 z = _transform(side, block, vocab_size, logits.dtype, None) / temperature
@@ -299,7 +299,7 @@ def _run_chunks(
     workspace_bytes: int,
 ) -> None:
     """`chunks.run_chunks` with one model: N >= 1 tokens, no host synchronisation."""
-    width = -(-vocab_size // 16) * 16  # rows start at multiples of 64 bytes, whatever the vocabulary
+    width = row_stride(vocab_size)
     inner = max((w.shape[1] for w in (model.weight, model.up) if w is not None and model.learns), default=0)
     scratch = None
     for rows, logits in _chunks(width, losses, workspace_bytes):

@@ -52,12 +52,12 @@ class Distribution(NamedTuple):
 def _softmax(x: Tensor, log: Tensor, prob: Tensor) -> Distribution:
     """Into `log` and `prob`. The logarithm comes from that of the largest probability: log_softmax and exp would cost 8
     more passes."""
-    torch.softmax(x, -1, out=prob)
+    torch.softmax(log.copy_(x), -1, out=prob)  # of a view with gaps, it would make a copy of its own
     top = prob.amax(-1, keepdim=True)
     exact = top.to(torch.float64 if x.device.type == "cpu" else x.dtype).log()
     log_top = exact.to(x.dtype)
     error = (log_top - exact).to(x.dtype).squeeze(1)
-    torch.sub(x, x.amax(-1, keepdim=True), out=log).add_(log_top)
+    log.sub_(log.amax(-1, keepdim=True)).add_(log_top)
     return Distribution(log, prob, top, error, prob.sum(-1) + error)
 
 

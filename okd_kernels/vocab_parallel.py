@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from okd_kernels.arguments import check_objectives, check_temperature, chunk_workspace, common_shape, gemm_operands
-from okd_kernels.chunks import Model, _backward, chunk_rows, project
+from okd_kernels.chunks import Model, _backward, chunk_rows, project, row_stride
 from okd_kernels.divergences import DIVERGENCES, Objective
 from okd_kernels.heads import LinearHead
 from okd_kernels.memory import workspace
@@ -206,7 +206,7 @@ class _VocabParallel(torch.autograd.Function):
 def _run(models: list[Model], task: _Task, row_scales: Tensor) -> tuple[Tensor, Tensor]:
     """Losses (N, 2) and statistics (N, 7) of the whole group; this rank's gradients into the models' buffers."""
     (n, _), v = row_scales.shape, len(models[0].weight)
-    width = -(-v // 16) * 16  # as in `run_chunks`
+    width = row_stride(v)
     widths = [w.shape[1] for m in models if m.learns for w in (m.weight, m.up) if w is not None]
     shapes = (task.chunk, width), (task.chunk, width), (task.chunk * max(widths, default=0),)
     *buffers, scratch = workspace(*shapes, like=row_scales)

@@ -88,12 +88,6 @@ class Recorder(TrainerCallback):
         return ["".join(sorted({n[0] for n, p in b.items() if not torch.equal(a[n], p)})) for a, b in pairs]
 
 
-def assert_same_weights(one, other):
-    expected = dict(other.named_parameters())
-    for name, parameter in one.named_parameters():
-        assert torch.equal(parameter, expected[name]), name
-
-
 # --- the weights that matter least ---
 
 
@@ -190,7 +184,7 @@ def test_clda_saves_an_adapter_that_plain_peft_loads_and_resumes_in_the_middle(t
     checkpoint = tmp_path / "parts" / "checkpoint-3"
     again = trainer(tmp_path / "parts", method="clda", max_steps=6)
     again.train(resume_from_checkpoint=str(checkpoint))
-    assert_same_weights(again.pair, whole.pair)
+    tiny.assert_same_weights(again.pair, whole.pair)
 
     other = trainer(tmp_path / "other", method="clda", clda_share=0.5)
     with pytest.raises(
@@ -200,7 +194,7 @@ def test_clda_saves_an_adapter_that_plain_peft_loads_and_resumes_in_the_middle(t
     given = PeftModel.from_pretrained(big(), checkpoint / "teacher_adapter", is_trainable=True)
     other = trainer(tmp_path / "other", teacher=given, method="clda", clda_share=0.5, max_steps=6)
     other.train(resume_from_checkpoint=str(checkpoint))
-    assert_same_weights(other.pair.student, whole.pair.student)
+    tiny.assert_same_weights(other.pair.student, whole.pair.student)
 
 
 def test_non_salient_weights_need_data_to_be_found(tmp_path):
@@ -251,7 +245,7 @@ def test_online_start_resumes(tmp_path):
     trainer(tmp_path / "parts", **options, save_strategy="steps", save_steps=2).train()
     again = trainer(tmp_path / "parts", **options)
     again.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
-    assert_same_weights(again.pair, whole.pair)
+    tiny.assert_same_weights(again.pair, whole.pair)
 
 
 def test_early_stopping_watches_the_held_out_loss(tmp_path):

@@ -44,3 +44,9 @@ def examples(n=24, seed=0):
         words = [f"w{start + k}" for k in range(4 + length % 5)]
         result.append({"id": f"example-{i}", "prompt": " ".join(words[:3]), "completion": " ".join(words[3:])})
     return result
+
+
+def assert_same_weights(one, other):
+    expected = dict(other.named_parameters())
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
