@@ -294,7 +294,8 @@ def plot(results: list[dict[str, Any]], axis: str, path: Path) -> None:
     figure, axes = plt.subplots(len(divergences), 2, figsize=(11, 4 * len(divergences)), squeeze=False)
     for (left, right), divergence in zip(axes, divergences, strict=True):
         chosen = [r for r in results if r["case"]["divergence"] == divergence]
-        for name in dict.fromkeys(c["name"] for r in chosen for c in r["candidates"]):
+        names = (c["name"] for r in chosen for c in r["candidates"] if not c.get("frozen_head"))  # its floor is another
+        for name in dict.fromkeys(names):
             rows = [(r["case"][axis], c) for r in chosen for c in r["candidates"] if c["name"] == name]
             rows = [(x, c) for x, c in rows if "skipped" not in c]
             if name == "ours":

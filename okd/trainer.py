@@ -125,6 +125,13 @@ class OKDTrainer(Trainer):
                 f"expected whole models on each process with method {self.args.method}, which samples responses of "
                 "unequal lengths; got sharded ones, which would wait for one another for ever: use DDP"
             )
+        if self.is_fsdp_enabled:
+            kind = str(self.accelerator.state.fsdp_plugin.state_dict_type)
+            if "FULL_STATE_DICT" not in kind:  # Trainer.save_model would silently save nothing
+                raise ValueError(
+                    f"expected FSDP with state_dict_type FULL_STATE_DICT, from which the student is saved; got {kind}: "
+                    "set it in fsdp_config, or fsdp_state_dict_type in accelerate's configuration"
+                )
         self._logged_at = time.perf_counter()
         return super().train(*args, **kwargs)
 

@@ -34,7 +34,7 @@ class Model(NamedTuple):
     logit_scale: float
     softcap: float | None
     objective: Objective | None
-    scale: Tensor  # () factor of the gradients
+    scale: Tensor | None  # () factor of the gradients; None: the rows' factors hold it
     grad_hidden: Tensor | None = None  # (N, D), hidden's dtype
     grad_weight: Tensor | None = None  # (V, D), fp32 or wider; rows beyond vocab_size are not written
     grad_bias: Tensor | None = None  # (V,), likewise
@@ -103,9 +103,12 @@ def _backward(model: Model, rows: slice, gradient: Tensor, scratch: Tensor, labe
         if hidden is None or weight is None:
             continue
         if grad_hidden is not None:
-            dx = scratch[: gradient.shape[0] * hidden.shape[1]].view(-1, hidden.shape[1])
+            dx = grad_hidden[rows]
+            if model.scale is not None:
+                dx = scratch[: dx.numel()].view_as(dx)
             _accumulate(dx, gradient, weight[:v], first=True)
-            torch.mul(dx, model.scale, out=grad_hidden[rows])
+            if model.scale is not None:
+                torch.mul(dx, model.scale, out=grad_hidden[rows])
         if grad_weight is not None:
             x = hidden[rows] if ignored is None else hidden[rows].masked_fill(ignored, 0)  # they may hold NaN
             _accumulate(grad_weight[:v], gradient.t(), x, first)

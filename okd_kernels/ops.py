@@ -72,12 +72,18 @@ def _empty_gradient(operand: Tensor | None, like: Tensor, need: bool) -> Tensor:
     return torch.empty_like(operand, memory_format=torch.contiguous_format)
 
 
-def fp16_range(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
-    """Factors of the rows' gradients (n,) within fp16's range where that is their dtype, and by how much they grew."""
+def row_factors(weights: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """weights * scale as factors (n,) of the rows' gradients, and one () of the sums that they make.
+
+    The latter costs a pass over dW. There is none (None) where the sums are not rounded to 16 bits, which is a pass
+    anyway. In fp16 it keeps the rows' gradients within range.
+    """
+    if dtype == wide(dtype):
+        return weights * scale, None
     if dtype != torch.float16:
-        return weights, 1.0
+        return weights, scale
     weights, largest = normalise(weights)
-    return weights * FP16_GAIN, FP16_GAIN / largest
+    return weights * FP16_GAIN, scale * (largest / FP16_GAIN)
 
 
 @torch.library.custom_op("okd_kernels::linear_distillation", mutates_args=())
@@ -129,7 +135,7 @@ def linear_distillation(
     ):
         hidden, weight, bias, low, up = operands[i : i + PER_SIDE]
         mine = (compact(hidden), weight, bias, None if low is None else compact(low), up)
-        factors, gain = fp16_range(compact(row_weights)[:, i // PER_SIDE], hidden.dtype)
+        factors, sum_scale = row_factors(compact(row_weights)[:, i // PER_SIDE], scale, hidden.dtype)
         row_scales.append(factors)
         buffers = [
             _sum_buffer(x, output, by_row=j in BY_ROW, compacted=kept is not None) if need else None
@@ -138,7 +144,7 @@ def linear_distillation(
             )
         ]
         objective = _unpack(name, numbers)
-        models.append(Model(*mine, head[0], head[1] or None, objective, scale / gain, *buffers))
+        models.append(Model(*mine, head[0], head[1] or None, objective, sum_scale, *buffers))
 
     row_losses, row_statistics = compact(losses), compact(statistics)
     if len(row_losses):
@@ -180,7 +186,10 @@ def _finish(outputs: list[Tensor], model: Model, kept: Tensor | None, vocab_size
         if total is None:
             continue
         total[vocab_size if len(model.hidden) else 0 :] = 0  # padding, or everything where no chunk has written
-        torch.mul(total, model.scale, out=output)
+        if model.scale is not None:
+            torch.mul(total, model.scale, out=output)
+        elif output is not total:
+            output.copy_(total)
 
 
 @linear_distillation.register_fake

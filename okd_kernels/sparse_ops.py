@@ -23,9 +23,9 @@ from okd_kernels.ops import (
     _finish,
     _sum_buffer,
     counted_rows,
-    fp16_range,
     normalise,
     once_differentiable,
+    row_factors,
     times,
     wide,
 )
@@ -259,9 +259,9 @@ def sparse_distillation(
         _sum_buffer(x, output, by_row=i in BY_ROW, compacted=kept is not None) if need and not per_token else None
         for i, (x, output, need) in enumerate(zip(operands, gradients, needs, strict=True))
     ]
-    row_scales, gain = fp16_range(compact(row_weights), hidden.dtype)
+    row_scales, sum_scale = row_factors(compact(row_weights), scale, hidden.dtype)
     objective = Objective(divergence, *weights)
-    model = Model(*operands, head_numbers[0], head_numbers[1] or None, objective, scale / gain, *buffers)
+    model = Model(*operands, head_numbers[0], head_numbers[1] or None, objective, sum_scale, *buffers)
     row_losses, row_statistics = compact(losses), compact(statistics)
     if len(row_losses):
         with torch.autocast(losses.device.type, enabled=False):

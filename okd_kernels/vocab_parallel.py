@@ -21,7 +21,7 @@ from okd_kernels.chunks import Model, _backward, chunk_rows, project, row_stride
 from okd_kernels.divergences import DIVERGENCES, Objective
 from okd_kernels.heads import LinearHead
 from okd_kernels.memory import workspace
-from okd_kernels.ops import BY_ROW, PER_SIDE, fp16_range, once_differentiable, wide
+from okd_kernels.ops import BY_ROW, PER_SIDE, once_differentiable, row_factors, wide
 from okd_kernels.rows import STATISTICS, Side
 from okd_kernels.tokens import DistillationLoss, Tokens
 from okd_kernels.torch_rows import BLOCK_ELEMENTS, _infinite, _transform
@@ -174,17 +174,17 @@ class _VocabParallel(torch.autograd.Function):
         for i, (objective, head) in enumerate(zip(task.objectives, task.heads, strict=True)):
             side = slice(PER_SIDE * i, PER_SIDE * (i + 1))
             hidden, weight, bias, low, up = operands[side]
-            factors, gain = fp16_range(task.weights[:, i], hidden.dtype)
+            factors, sum_scale = row_factors(task.weights[:, i], task.scale, hidden.dtype)
             row_scales.append(factors)
-            numbers = head.logit_scale, head.softcap, objective, task.scale / gain
+            numbers = head.logit_scale, head.softcap, objective, sum_scale
             models.append(Model(hidden, weight, bias, low, up, *numbers, *sums[side]))
         with torch.autocast(task.weights.device.type, enabled=False):
             losses, statistics = _run(models, task, torch.stack(row_scales, 1))
         for i, total in enumerate(sums):
             if total is not None and i % PER_SIDE in BY_ROW:
                 dist.all_reduce(total, group=task.group)
-            elif total is not None:
-                total.mul_(models[i // PER_SIDE].scale)
+            elif total is not None and (scale := models[i // PER_SIDE].scale) is not None:
+                total.mul_(scale)
         ctx.save_for_backward(*(None if g is None else g.to(x.dtype) for g, x in zip(sums, operands, strict=True)))
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)

@@ -22,6 +22,7 @@ from okd_kernels import (
     linear_distillation_loss,
     ops,
 )
+from okd_kernels.chunks import row_stride
 
 BACKENDS = ("torch", "triton")
 DEVICE = os.environ.get("OKD_TEST_DEVICE", "cpu")
@@ -135,7 +136,7 @@ def test_close_models_in_every_dtype(name, spread, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("v", [7, 1000, 4099])
+@pytest.mark.parametrize("v", [7, 1000, 1024, 4099])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
 def test_vocabulary_sizes(name, v, backend):
     assert_as_good_as_the_reference(Problem(v=v), backend, student=name, teacher=name, workspace_bytes=1 << 20)
@@ -588,6 +589,13 @@ def test_chunks_change_nothing_but_rounding(backend):
         torch.testing.assert_close(one[name], many[name], rtol=1e-6, atol=1e-6)
     for name in GRADIENTS:
         torch.testing.assert_close(one_gradients[name], many_gradients[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 131, 1024, 32768, 50257, 128256, 131072, 262144])
+def test_rows_of_logits_do_not_share_cache_sets(vocab_size):
+    stride = row_stride(vocab_size)
+    assert vocab_size <= stride < vocab_size + 304
+    assert stride % 16 == 0 and stride % 1024 != 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import types
 
 import pytest
 import tiny
@@ -430,6 +431,16 @@ def lora(**options):
     return get_peft_model(
         tiny.llama(seed=1), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **options)
     )
+
+
+def test_refuses_sharded_state_dicts(tmp_path, monkeypatch):
+    """Trainer.save_model would save nothing."""
+    run = trainer(tmp_path)
+    run.is_fsdp_enabled = True
+    plugin = types.SimpleNamespace(state_dict_type="StateDictType.SHARDED_STATE_DICT")
+    monkeypatch.setattr(run.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(ValueError, match=r"expected FSDP with state_dict_type FULL_STATE_DICT, .*got .*SHARDED"):
+        run.train()
 
 
 def test_refuses_a_base_teacher_that_would_train(tmp_path):
