@@ -205,7 +205,7 @@ class OKDConfig(TrainingArguments):
     learning_rate: float = option(2e-4, "peak learning rate of the student")
     lr_scheduler_type: str = option("linear", "schedule of the learning rates")
     warmup_steps: float = option(0.03, "steps of linear warm-up; below 1, a share of all steps")
-    logging_steps: float = option(10, "steps between log entries; each costs one more forward pass of both models")
+    logging_steps: float = option(10, "steps between log entries, each of a few more forward passes of one batch")
     logging_first_step: bool = option(True, "log the first step too, so that even a short run has a curve")
     logging_nan_inf_filter: bool = option(False, "keep NaN out of the log; here a NaN stops the run instead")
     remove_unused_columns: bool = option(False, "drop columns of the data; here the collator needs them")

@@ -160,10 +160,8 @@ def teacher_shift(pair: StudentTeacher, batch: Batch, normalizer: Any = None) ->
     rows, head = pair.teacher_rows(batch), LinearHead.from_model(pair.teacher)
     with base_teacher(pair.teacher):
         base_rows, base_head = pair.teacher_rows(batch), LinearHead.from_model(pair.teacher)
-    vocab_size, targets = pair.args.vocab_size, batch["targets"]
-    return linear_distillation_loss(
-        rows, head, base_rows, base_head, targets, normalizer=normalizer, vocab_size=vocab_size
-    )
+    options = {"normalizer": normalizer, "temperature": pair.args.temperature, "vocab_size": pair.args.vocab_size}
+    return linear_distillation_loss(rows, head, base_rows, base_head, batch["targets"], **options)
 
 
 def adapter_names(teacher: nn.Module) -> set[str]:

@@ -130,7 +130,7 @@ class OKDTrainer(Trainer):
             if "FULL_STATE_DICT" not in kind:  # Trainer.save_model would silently save nothing
                 raise ValueError(
                     f"expected FSDP with state_dict_type FULL_STATE_DICT, from which the student is saved; got {kind}: "
-                    "set it in fsdp_config, or fsdp_state_dict_type in accelerate's configuration"
+                    "set it in fsdp_config, or as fsdp_state_dict_type in accelerate's configuration"
                 )
         self._logged_at = time.perf_counter()
         return super().train(*args, **kwargs)
@@ -289,8 +289,7 @@ class OKDTrainer(Trainer):
         for name, model in parts.items():
             own = None if state_dict is None else _part(state_dict, "student." if name == STUDENT else "teacher.")
             model.save_pretrained(directory / name, state_dict=own)
-            if name == ADAPTER and model.active_peft_config.peft_type == "P_TUNING":
-                # PEFT saves what its encoder makes, not itself
+            if name == ADAPTER and _has_encoder(model.active_peft_config):
                 save_file(_trainable(model, own), directory / name / ENCODER)
         if self.pair.selection is not None:
             own = _part(state_dict, "selection.") if state_dict is not None else self.pair.selection.state_dict()
@@ -327,6 +326,11 @@ class OKDTrainer(Trainer):
 def _part(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """One of the pair's models, out of a state dict that FSDP or ZeRO gathered, with the pair's prefixes."""
     return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+
+
+def _has_encoder(config: Any) -> bool:
+    """Whether a network makes the prompt or prefix: PEFT saves what it makes, not itself."""
+    return config.peft_type == "P_TUNING" or getattr(config, "prefix_projection", False)
 
 
 def _trainable(model: Any, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

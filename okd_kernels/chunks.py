@@ -130,7 +130,7 @@ def row_stride(vocab_size: int) -> int:
     Else the same columns of all rows would share few cache sets, which costs a CPU a tenth of all GEMMs.
     """
     width = -(-vocab_size // 16) * 16
-    return width + 288 if width % 1024 == 0 else width
+    return width if width % 1024 else width + min(512, max(16, width // 8192 * 16))
 
 
 def run_chunks(
@@ -149,7 +149,7 @@ def run_chunks(
     """Losses, statistics and gradients of N >= 1 tokens. No host synchronisation."""
     n, work = losses.shape[0], row_backend(backend)
     width = row_stride(vocab_size)
-    chunk = chunk_rows(n, 2 * width * losses.element_size(), workspace_bytes)
+    chunk = chunk_rows(n, 2 * vocab_size * losses.element_size(), workspace_bytes)  # a power of two stays one
     widths = [w.shape[1] for m in models if m.learns for w in (m.weight, m.up) if w is not None]
     *buffers, scratch = workspace((chunk, width), (chunk, width), (chunk * max(widths, default=0),), like=losses)
     for start in range(0, n, chunk):

@@ -68,7 +68,7 @@ def linear_distillation_loss(
             accumulation pass the number of tokens of the whole batch.
         reduction: "mean", "sum", or "none": per token, differentiable, recomputed in backward.
         vocab_size: columns shared by both heads when they are padded differently; later columns exist for neither.
-        workspace_bytes: bound of the two chunk buffers; default 256 MiB on a CPU, 2 GiB on a GPU.
+        workspace_bytes: bound of the two chunk buffers, padding aside; default 256 MiB on a CPU, 2 GiB on a GPU.
         backend: "auto" (triton on GPUs, torch elsewhere), "triton", "torch", "reference". Never falls back silently.
 
     Returns:

@@ -36,13 +36,13 @@ SPARSE_STATISTICS = ("forward_kl", "student_nll", "target_mass", "student_mass")
 ROUNDING = 8  # eps; a target's tail below this share of 1 - max p is rounding of the K log-probabilities
 
 
-def _chunks(width: int, rows_like: Tensor, workspace_bytes: int) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of each chunk, and a buffer (c, width) for their logits; it is half of the workspace, see `_blocks`."""
+def _chunks(vocab_size: int, rows_like: Tensor, workspace_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of each chunk, and a buffer (c, stride) for their logits; it is half of the workspace, see `_blocks`."""
     n = len(rows_like)
     if n == 0:
         return
-    chunk = chunk_rows(n, 2 * width * rows_like.element_size(), workspace_bytes)
-    (buffer,) = workspace((chunk, width), like=rows_like)
+    chunk = chunk_rows(n, 2 * vocab_size * rows_like.element_size(), workspace_bytes)
+    (buffer,) = workspace((chunk, row_stride(vocab_size)), like=rows_like)
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
         yield rows, buffer[: rows.stop - start]
@@ -198,7 +198,7 @@ def topk(
     ids, log_probs, log_sum_exp = _topk_outputs(hidden, k)
     model = Model(hidden, weight, bias, low, up, head_numbers[0], head_numbers[1] or None, None, hidden.new_ones(()))
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows, logits in _chunks(row_stride(vocab_size), log_sum_exp, workspace_bytes):
+        for rows, logits in _chunks(vocab_size, log_sum_exp, workspace_bytes):
             project(model, rows, out=logits[:, :vocab_size])
             side = Side(logits, None, None, bias, model.logit_scale, model.softcap)
             for block in _blocks(logits):
@@ -299,15 +299,14 @@ def _run_chunks(
     workspace_bytes: int,
 ) -> None:
     """`chunks.run_chunks` with one model: N >= 1 tokens, no host synchronisation."""
-    width = row_stride(vocab_size)
     inner = max((w.shape[1] for w in (model.weight, model.up) if w is not None and model.learns), default=0)
     scratch = None
-    for rows, logits in _chunks(width, losses, workspace_bytes):
+    for rows, logits in _chunks(vocab_size, losses, workspace_bytes):
         if scratch is None:  # the first chunk is the largest
             scratch = losses.new_empty(len(logits) * inner)
         project(model, rows, out=logits[:, :vocab_size])
         # In place: a 16-bit gradient takes the first half of its row.
-        gradient = logits.view(model.hidden.dtype)[:, :width] if model.learns else None
+        gradient = logits.view(model.hidden.dtype)[:, :vocab_size] if model.learns else None
         side = Side(logits, model.objective, gradient, model.bias, model.logit_scale, model.softcap)
         for block in _blocks(logits):
             _sparse_rows(
@@ -324,7 +323,7 @@ def _run_chunks(
                 vocab_size=vocab_size,
             )
         if gradient is not None:
-            _backward(model, rows, gradient[:, :vocab_size], scratch, labels)
+            _backward(model, rows, gradient, scratch, labels)
 
 
 def _outputs(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:

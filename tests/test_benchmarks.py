@@ -202,6 +202,7 @@ def test_methods_are_compared_from_one_start_under_both_budgets_and_a_run_goes_o
     assert okd["curve"][-1][2] < 0.9 * start["curve"][0][2]
     assert sft["metrics"]["perplexity"] < 0.9 * start["metrics"]["perplexity"]
     assert lines["baseline", "teacher", None]["metrics"]["forward_kl"] == pytest.approx(0, abs=1e-6)
+    assert okd["teacher"]["forward_kl"] > 1e-5 and "teacher" not in sft  # how far it moved
 
     jobs.clear()
     compare(folder, tmp_path, *options, "--seeds", "2")
@@ -214,6 +215,8 @@ def test_methods_are_compared_from_one_start_under_both_budgets_and_a_run_goes_o
     assert found["mean_and_deviation"]["forward_kl"] == pytest.approx([(a + b) / 2, abs(a - b) / 2**0.5])
     table = (tmp_path / "tables.md").read_text()
     assert f"{(a + b) / 2:.4f} ± {abs(a - b) / 2**0.5:.4f}" in table
+    shift = found["mean_and_deviation"]["teacher_shift"][0]
+    assert f" {shift:.4f} |" in table and "teacher_shift" not in summary["tables"]["Equal steps: 5"]["sft"]
     assert table in capsys.readouterr().out
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     # the table's quality is that of `okd evaluate` on the models that were prepared

@@ -136,13 +136,15 @@ def test_more_rows_than_a_grid_dimension():
 
 @pytest.mark.parametrize("dtype", [torch.float32])
 @pytest.mark.parametrize("labels", [True, False])
-def test_no_host_synchronisation_on_a_device(labels, dtype):
+@pytest.mark.parametrize("scaled", [True, False])
+def test_no_host_synchronisation_on_a_device(scaled, labels, dtype):
     """On meta tensors, which have no values: the chunk loop reads none, and no shape depends on one."""
 
     def side(d, objective):
         hidden, weight, bias = (torch.empty(s, dtype=dtype, device="meta") for s in ((9, d), (V, d), (V,)))
         gradients = [torch.empty_like(t) for t in (hidden, weight, bias)]
-        return Model(hidden, weight, bias, None, None, 1.0, 5.0, objective, torch.empty((), device="meta"), *gradients)
+        scale = None if scaled else torch.empty((), device="meta")
+        return Model(hidden, weight, bias, None, None, 1.0, 5.0, objective, scale, *gradients)
 
     run_chunks(
         (side(4, Objective("jsd")), side(6, Objective("forward_kl", ce_weight=0.5 if labels else 0.0))),

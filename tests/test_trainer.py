@@ -8,7 +8,7 @@ import types
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PromptEncoderConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 from torch import nn
 
 from okd import METHODS, OKDConfig, OKDTrainer
@@ -270,14 +270,23 @@ def test_resume_equals_not_stopping(tmp_path):
     tiny.assert_same_weights(again.pair, whole.pair)
 
 
-@pytest.mark.parametrize("given", [False, True])
+ENCODERS = {
+    "ours": None,
+    "p-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+    "prefix": PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8, prefix_projection=True
+    ),
+}
+
+
+@pytest.mark.parametrize("given", ENCODERS)
 def test_resume_with_an_encoder_that_peft_does_not_save(tmp_path, given):
-    """p-tuning: PEFT saves the prompt, which a network makes; the network trains on. Also one that the user brings."""
+    """PEFT saves the prompt or prefix, which a network makes; the network trains on. Also one that the user brings."""
 
     def run(folder, seed=0, **options):
-        if not given:
+        encoder = copy.deepcopy(ENCODERS[given])
+        if encoder is None:
             return trainer(tmp_path / folder, max_steps=4, online_module="p_tuning", **options)
-        encoder = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8)
         teacher = tiny.llama(seed=1)
         torch.manual_seed(seed)
         return trainer(tmp_path / folder, teacher=get_peft_model(teacher, encoder, "online"), max_steps=4, **options)
