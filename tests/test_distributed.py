@@ -66,7 +66,6 @@ def cases():
     result["two divergences"] = _case({"student": Objective("jsd", ce_weight=0.1, beta=0.2), "teacher": "reverse_kl"})
     result["frozen teacher"] = _case({"student": Objective("skew_kl", ce_weight=1.0)})
     result["fp16"] = _case({**BOTH, "normalizer": 1e4}, dtype=torch.float16)
-    result["rows of 4 KiB"] = _case(BOTH, v=2048)
     result["sum"] = _case({**BOTH, "reduction": "sum"})
     result["weights"] = _case({**BOTH, "normalizer": 5.0}, loss_options={"token_weights": torch.linspace(0.5, 2, 11)})
     result["one chunk"] = _case({**BOTH, "workspace_bytes": None})
