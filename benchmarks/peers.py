@@ -22,7 +22,7 @@ from okd_kernels import Objective, linear_distillation_loss
 
 IGNORE = -100
 BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}  # GKD's convention, which Liger, TRL and we share
-OKD_WEIGHT = 0.5  # a of OKD's teacher: a KL(q || p) + (1 - a) CE(p, y)
+OKD_WEIGHT = 0.1  # a of OKD's teacher: a KL(q || p) + (1 - a) CE(p, y)
 DIVERGENCES = (*BETAS, "okd")
 
 

@@ -161,7 +161,7 @@ class OKDConfig(TrainingArguments):
     divergence_beta: float | None = option(None, "beta of the student's divergence (jsd, alpha_beta)")
     online_teacher: bool = option(False, "let the teacher learn too; for methods with a divergence from one teacher")
     temperature: float = option(1.0, "temperature of the divergences, which are multiplied by its square")
-    teacher_kl_weight: float = option(0.5, "a of the teacher's loss a KL(student || teacher) + (1 - a) CE")
+    teacher_kl_weight: float = option(0.1, "a of the teacher's loss a KL(student || teacher) + (1 - a) CE")
     online_module: str = option("lora", f"what trains in the teacher: {', '.join(ONLINE_MODULES)}")
     online_rank: int = option(32, "rank of the teacher's LoRA")
     online_alpha: int | None = option(None, "alpha of the teacher's LoRA, scaled by alpha / rank; default: its rank")
