@@ -78,7 +78,7 @@ def _demo(options: argparse.Namespace, _: list[str]) -> None:
         per_device_train_batch_size=8,
         per_device_eval_batch_size=16,
         max_length=128,
-        logging_steps=max(1, options.steps // 16),
+        logging_steps=max(1, options.steps // 10),  # an entry costs forward passes
         save_strategy="no",
     )
     config = RunConfig(
