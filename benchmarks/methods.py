@@ -42,7 +42,7 @@ from okd import METHODS, OKDConfig, OKDTrainer
 from okd.data import encode, read_jsonl
 from okd.evaluate import divergence_metrics, evaluate
 from okd.models import SMOLLM2, check_tokenizers, keep_layers, load_model, load_tokenizer, parse_layers
-from okd.teachers import teacher_shift
+from okd.teachers import distance_from_base
 
 DEFAULT_METHODS = ("okd", "sft", "forward_kd", "gkd")
 TEACHER_RANK = 16  # of the LoRA that `--tune-teacher` merges
@@ -58,8 +58,8 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], float | None], str]] = 
     "reverse_kl": ("KL(q‖p)", lambda r: r["metrics"]["reverse_kl"], ".4f"),
     "top1_agreement": ("top-1 %", lambda r: 100 * r["metrics"]["top1_agreement"], ".1f"),
     "ce": ("CE", lambda r: math.log(r["metrics"]["perplexity"]), ".4f"),
-    "teacher_shift": ("KL(p‖online p)", lambda r: r.get("teacher", {}).get("forward_kl"), ".4f"),
-    "teacher_ce": ("online p's CE", lambda r: r.get("teacher", {}).get("student_nll"), ".4f"),
+    "teacher_shift": ("KL(p‖online p)", lambda r: r.get("teacher", {}).get("teacher_shift"), ".4f"),
+    "teacher_ce": ("online p's CE", lambda r: r.get("teacher", {}).get("online_teacher_nll"), ".4f"),
     "steps": ("steps", lambda r: r["steps"], ".0f"),
     "step_s": ("s/step", lambda r: r["step_s"], ".2f"),
     "train_s": ("train s", lambda r: r["train_s"], ".1f"),
@@ -200,7 +200,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             trainer.evaluate()
     judge = teacher if trainer.pair.teacher is None else trainer.pair.teacher  # with the adapter, which goes off
     if trainer.args.online:
-        result["teacher"] = trainer.held_out_means(held_out(job, tokenizer)[: job["eval_examples"]], teacher_shift)
+        rows = held_out(job, tokenizer)[: job["eval_examples"]]
+        result["teacher"] = trainer.held_out_means(rows, distance_from_base)
     return {**result, "metrics": quality(job, student, judge, tokenizer), "curve": curve.points}
 
 

@@ -91,10 +91,11 @@ class StudentTeacher(nn.Module):
         teacher_hidden: Tensor,  # (N, D_t)
         targets: Tensor,  # (N,)
         normalizer: Tensor | float | None = None,
+        student_head: LinearHead | None = None,
         teacher_head: LinearHead | None = None,
         **options: Any,
     ) -> DistillationLoss:
-        """`linear_distillation_loss` with this pair's heads, objectives and options, or `options` in their place."""
+        """`linear_distillation_loss` with this pair's heads, objectives and options, or others in their place."""
         defaults = {
             "student": self.student_objective,
             "teacher": self.teacher_objective,
@@ -103,7 +104,7 @@ class StudentTeacher(nn.Module):
         }
         return linear_distillation_loss(
             student_hidden,
-            self.student_head(),
+            self.student_head() if student_head is None else student_head,
             teacher_hidden,
             LinearHead.from_model(self.teacher) if teacher_head is None else teacher_head,
             targets,

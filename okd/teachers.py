@@ -24,7 +24,7 @@ from okd.config import METHODS, OKDConfig
 from okd.models import check_head, hidden_states, load_model
 from okd.objectives import divergence
 from okd.pair import Batch, StudentTeacher
-from okd_kernels import DistillationLoss, LinearHead, linear_distillation_loss
+from okd_kernels import DistillationLoss, LinearHead
 
 CALIBRATION_BATCHES = 8  # of the training batch size, spread over the training data
 
@@ -152,16 +152,22 @@ def base_teacher(teacher: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def teacher_shift(pair: StudentTeacher, batch: Batch, normalizer: Any = None) -> DistillationLoss:
-    """KL(base teacher || online teacher), in nats: how far the module has moved its teacher. For `pair(loss=...)`.
+def distance_from_base(pair: StudentTeacher, batch: Batch, normalizer: Any = None) -> DistillationLoss:
+    """The student's divergence from the teacher as it was. For `pair(loss=...)`.
 
-    The online teacher stands in the student's place: `student_nll` is that of its labels.
+    With an online teacher the metrics also hold, for each token, `teacher_shift`, KL(base || online teacher) in nats,
+    which says how far the module has moved its teacher, and `online_teacher_nll`, of the label.
     """
-    rows, head = pair.teacher_rows(batch), LinearHead.from_model(pair.teacher)
     with base_teacher(pair.teacher):
-        base_rows, base_head = pair.teacher_rows(batch), LinearHead.from_model(pair.teacher)
-    options = {"normalizer": normalizer, "temperature": pair.args.temperature, "vocab_size": pair.args.vocab_size}
-    return linear_distillation_loss(rows, head, base_rows, base_head, batch["targets"], **options)
+        base, base_head = pair.teacher_rows(batch), LinearHead.from_model(pair.teacher)
+    targets, options = batch["targets"], {"teacher": None, "teacher_head": base_head}
+    loss = pair.distil(pair.student_rows(batch), base, targets, normalizer, **options)
+    if not pair.args.online:
+        return loss
+    online = LinearHead.from_model(pair.teacher)
+    shift = pair.distil(pair.teacher_rows(batch), base, targets, normalizer, student_head=online, **options).metrics
+    moved = {"teacher_shift": shift["forward_kl"], "online_teacher_nll": shift["student_nll"]}
+    return loss._replace(metrics=loss.metrics | moved)
 
 
 def adapter_names(teacher: nn.Module) -> set[str]:

@@ -20,10 +20,10 @@ from okd.config import OKDConfig
 from okd.data import Collator, Encoded, encode
 from okd.evaluate import divergence_metrics
 from okd.models import check_head, describe_parameters, evaluating
-from okd.objectives import Loss, divergence
+from okd.objectives import Loss
 from okd.pair import StudentTeacher
 from okd.sampling import Sampler
-from okd.teachers import Ensemble, base_teacher, prepare_teacher, teacher_shift
+from okd.teachers import Ensemble, distance_from_base, prepare_teacher
 from okd_kernels import DistillationLoss
 
 UNLOGGED = {"reverse_kl", "student_entropy", "teacher_entropy", "student_nll", "teacher_nll"}  # of a loss's metrics
@@ -193,10 +193,11 @@ class OKDTrainer(Trainer):
             logs |= {name: value / self._counts[name] for name, value in sums.items()}
             logs["tokens_per_second"] = tokens / (now - self._logged_at)
             if self.pair.teacher is not None:
-                with base_teacher(self.pair.teacher):
-                    logs["base_forward_kl"] = self._last_forward_kl(divergence)
-            if self.args.online:
-                logs["teacher_shift"] = self._last_forward_kl(teacher_shift)
+                with evaluating(self.pair.student, self.pair.teacher), self.accelerator.autocast():
+                    found = self.pair(**self._last_batch, loss=distance_from_base).metrics
+                logs["base_forward_kl"] = found["forward_kl"].mean().item()
+                if self.args.online:
+                    logs["teacher_shift"] = found["teacher_shift"].mean().item()
             if self.args.preset.sequences != "dataset":
                 logs |= self.sampler.logs()
             if self.args.online and self.optimizer is not None:
@@ -204,12 +205,6 @@ class OKDTrainer(Trainer):
                 logs["online_learning_rate"] = logs["learning_rate"] * (own / rate) if rate else own
             self._sums, self._counts, self._logged_at = {}, {}, time.perf_counter()
         super().log(logs, start_time)
-
-    @torch.no_grad()
-    def _last_forward_kl(self, loss: Loss) -> float:
-        """Of the last batch, without dropout."""
-        with evaluating(self.pair.student, self.pair.teacher), self.accelerator.autocast():
-            return self.pair(**self._last_batch, loss=loss).metrics["forward_kl"].mean().item()
 
     # --- the two sides' parameters ---
 
@@ -264,20 +259,17 @@ class OKDTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    @torch.no_grad()
     def held_out_means(self, rows: list[dict[str, Any]], loss: Loss | None = None) -> dict[str, float]:
         """Means over the response tokens of held-out, encoded rows: the metrics of the method's loss, or another."""
-        training, size, tokens = self.pair.training, self.args.per_device_eval_batch_size, 0
+        size, tokens = self.args.per_device_eval_batch_size, 0
         sums: dict[str, float] = {}
-        self.pair.eval()
-        for start in range(0, len(rows), size):
-            collated = self._prepare_inputs(self.data_collator(rows[start : start + size]))
-            with self.accelerator.autocast():
+        with evaluating(self.pair), self.accelerator.autocast():
+            for start in range(0, len(rows), size):
+                collated = self._prepare_inputs(self.data_collator(rows[start : start + size]))
                 metrics = self.pair(**{key: collated[key] for key in BATCH}, loss=loss).metrics
-            for name, values in metrics.items():
-                sums[name] = sums.get(name, 0.0) + values.double().sum().item()
-            tokens += len(collated["targets"])
-        self.pair.train(training)
+                for name, values in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + values.double().sum().item()
+                tokens += len(collated["targets"])
         return {name: value / max(tokens, 1) for name, value in sums.items()}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

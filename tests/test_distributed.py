@@ -16,7 +16,12 @@ from test_linear_distillation import GRADIENTS, Problem, assert_as_good_as_the_r
 from okd_kernels import DIVERGENCES, LinearHead, Objective, linear_distillation_loss
 from okd_kernels.vocab_parallel import vocab_parallel_distillation_loss
 
-SHARDS = {2: (70, 61), 4: (40, 1, 57, 33)}  # vocabulary rows of each rank: 131 in all
+SHARDS = {2: (70, 61), 4: (40, 1, 57, 33)}  # rows of each rank, 131 in all; other vocabularies in equal parts
+
+
+def _shard(vocab_size, rank, world):
+    sizes = SHARDS[world] if vocab_size == 131 else (vocab_size // world,) * world
+    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
 
 def _rank(rank, work, world, folder, arguments):
@@ -69,6 +74,7 @@ def cases():
     result["sum"] = _case({**BOTH, "reduction": "sum"})
     result["weights"] = _case({**BOTH, "normalizer": 5.0}, loss_options={"token_weights": torch.linspace(0.5, 2, 11)})
     result["one chunk"] = _case({**BOTH, "workspace_bytes": None})
+    result["rows of whole pages"] = _case({**BOTH, "workspace_bytes": 2**16}, v=4096)  # get a gap: `row_stride`
     result["far offsets"] = _case(offset=60.0)
     result["upstream"] = _case({**BOTH, "upstream": (3.0, 0.5)})
     result["nothing counted"] = _case(ignored=range(11))
@@ -116,10 +122,11 @@ def sharded(problem, shard, upstream=(1.0, 1.0), requires=GRADIENTS, **options):
 
 
 def _work(rank, world):
-    shard = slice(sum(SHARDS[world][:rank]), sum(SHARDS[world][: rank + 1]))
-    runs, again = (
-        {name: sharded(problem, shard, **options) for name, (problem, options) in cases().items()} for _ in range(2)
-    )
+    def run(problem, options):
+        return sharded(problem, _shard(len(problem.operands["student_weight"]), rank, world), **options)
+
+    runs, again = ({name: run(*case) for name, case in cases().items()} for _ in range(2))
+    shard = _shard(131, rank, world)
     return {
         "runs": runs,
         "again": again,

@@ -14,7 +14,7 @@ from torch import nn
 from okd import METHODS, OKDConfig, OKDTrainer
 from okd.data import Collator, encode
 from okd.pair import StudentTeacher
-from okd.teachers import base_teacher, teacher_shift
+from okd.teachers import base_teacher, distance_from_base
 from okd_kernels import Objective
 
 
@@ -214,8 +214,8 @@ def test_log_entries(tmp_path):
 def test_how_far_the_teacher_moved(tmp_path):
     """The logged shift and the held-out one are KL(base teacher || online teacher), from whole logits."""
     run = trainer(tmp_path, max_steps=1, online_learning_rate=3e-2, warmup_steps=0)
-    fresh = run.held_out_means(run.train_dataset[:4], teacher_shift)
-    assert fresh["forward_kl"] == pytest.approx(0, abs=1e-7)
+    fresh = run.held_out_means(run.train_dataset[:4], distance_from_base)
+    assert fresh["teacher_shift"] == pytest.approx(0, abs=1e-7)
     run.train()
     entry = next(e for e in run.state.log_history if "teacher_shift" in e)
     batch = run._last_batch
@@ -232,7 +232,8 @@ def test_how_far_the_teacher_moved(tmp_path):
     nll = -online.gather(1, batch["targets"].unsqueeze(1)).mean().item()
     assert expected > 1e-4
     assert entry["teacher_shift"] == pytest.approx(expected, rel=1e-3)
-    found = run.pair(**batch, loss=teacher_shift).metrics["student_nll"].mean().item()
+    assert entry["base_forward_kl"] == pytest.approx(_kl_to_base(run), rel=1e-5)
+    found = run.pair(**batch, loss=distance_from_base).metrics["online_teacher_nll"].mean().item()
     assert found == pytest.approx(nll, rel=1e-4)
 
 
