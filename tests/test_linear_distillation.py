@@ -610,6 +610,22 @@ def test_factors_of_rows_and_sums(dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_narrower_than_its_head(backend):
+    """Its gradient is summed in fp32, and rounded once to the bias's own dtype."""
+    operands = Problem().operands
+    narrow = operands["student_bias"].bfloat16()
+
+    def gradient(bias):
+        head = LinearHead(operands["student_weight"], bias.clone().requires_grad_())
+        teacher = operands["teacher_hidden"], operands["teacher_weight"]
+        linear_distillation_loss(operands["student_hidden"], head, *teacher, backend=backend).student.backward()
+        return head.bias.grad
+
+    found, expected = gradient(narrow), gradient(narrow.float())
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected.bfloat16()) and expected.abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_are_bitwise_equal(backend):
     runs = [Problem().run(backend, teacher=Objective("reverse_kl", ce_weight=0.1)) for _ in range(2)]
     for first, second in zip(runs[0], runs[1], strict=True):
