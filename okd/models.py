@@ -94,20 +94,31 @@ def parse_layers(text: str, n_layers: int) -> list[int]:
 
 
 def keep_layers(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
-    """A copy of the model with these decoder layers only: the student of the demo."""
-    config = copy.deepcopy(model.config)
-    n_layers = config.num_hidden_layers
+    """A copy of the model with these decoder layers only: the student of the demo.
+
+    Raises ValueError where the decoder's layers are not one list of modules.
+    """
+    n_layers = model.config.get_text_config().num_hidden_layers
+    names = [n for n, m in model.get_decoder().named_children() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    if len(names) != 1:
+        raise ValueError(
+            f"expected a decoder with one list of its {n_layers} layers, of which the student keeps some; got "
+            f"{len(names)} in {type(model).__name__}: pass a student, or leave the layers out to keep all"
+        )
+    student = copy.deepcopy(model)
+    student.config = copy.deepcopy(model.config)
+    config = student.config.get_text_config()
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == n_layers:  # a property of each layer, such as `layer_types`
             setattr(config, name, [value[i] for i in kept])
     config.num_hidden_layers = len(kept)
-    student = copy.deepcopy(model)
-    student.config = config
     decoder = student.get_decoder()
     decoder.config = config
-    decoder.layers = nn.ModuleList(decoder.layers[i] for i in kept)
+    old = getattr(decoder, names[0])
+    layers = nn.ModuleList(old[i] for i in kept)
+    setattr(decoder, names[0], layers)
     module: Any
-    for i, layer in enumerate(decoder.layers):
+    for i, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):  # its slot in the KV cache
                 module.layer_idx = i
@@ -154,6 +165,12 @@ def hidden_states(
         return output.hidden_states[-1][:, -attention_mask.shape[1] :]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base.get_decoder()(**options).last_hidden_state
+
+
+def position_limit(model: Any) -> int | None:
+    """Tokens that the model has positions for, by its configuration; None where that does not say."""
+    config = getattr(model, "config", None)
+    return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_head(model: Any, name: str) -> None:

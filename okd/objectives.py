@@ -41,17 +41,17 @@ RANKED = 5  # most probable tokens of each model whose order RLKD compares
 def divergence(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> DistillationLoss:
     """The student's divergence from its teacher, and the teacher's loss where it learns (OKD, Eq. 16 and 17).
 
-    On a batch that the student wrote, or drafted (SKD), the teacher's loss has no cross-entropy (ours): the tokens are
-    no references.
+    On a batch of which the student wrote a row, or drafted (SKD), the teacher's loss has no cross-entropy (ours): the
+    tokens are no references.
     """
     options = _references_or_not(pair, batch)
     return pair.distil(pair.student_rows(batch), pair.teacher_rows(batch), batch["targets"], normalizer, **options)
 
 
 def _references_or_not(pair: StudentTeacher, batch: Batch) -> dict[str, Any]:
-    """Options of `distil` for a batch whose responses may all be the student's words."""
+    """Options of `distil` for a batch some of whose responses may be the student's words."""
     policy = pair.args.preset.sequences
-    own = policy == "interleaved" or (policy != "dataset" and bool(batch["student_written"].all()))
+    own = policy == "interleaved" or (policy != "dataset" and bool(batch["student_written"].any()))
     return _no_references(pair) if own else {}
 
 
@@ -281,7 +281,9 @@ def ensemble(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Dist
     c = pair.student_objective.ce_weight
     divergences = torch.stack([loss.student.detach() - c * loss.metrics["student_nll"] for loss in losses], 1)
     mean = own / own.sum(1, keepdim=True).clamp_min(1)
-    choice = pair.selection(Lesson(student, [rows for rows, _ in taught], losses, divergences, mean, pair.progress))
+    lesson = Lesson(student, [rows for rows, _ in taught], losses, divergences, mean, pair.progress)
+    with torch.autocast(student.device.type, enabled=False):  # rewards are small differences of large sums
+        choice = pair.selection(lesson)
 
     weights = choice.weights[example]  # (N, K)
     per_token = (weights * torch.stack([loss.student for loss in losses], 1)).sum(1)

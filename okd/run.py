@@ -1,11 +1,12 @@
 """A whole run: load, evaluate, train, evaluate, save. What `okd train` and `okd demo` do.
 
-Order matters: what can be wrong with the input is found before anything is loaded or written, and the student is saved
-before the second evaluation.
+Order matters: what can be wrong with the input is found before anything is removed or written, and the student is
+saved before the second evaluation. Of several processes all evaluate, and the first one writes.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -91,7 +92,8 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
     if args.preset.needs_teacher:
         check_number_of_teachers(args, 1 + len(config.more_teachers or []))
     train_examples, held_out = _examples(config, examples)
-    checkpoint = _prepare_output_dir(config, output_dir)
+    checkpoint = _check_output_dir(config, output_dir)
+    first_process = args.process_index == 0
     transformers.set_seed(args.seed)
     student, teacher, tokenizer = _models(config)
     if checkpoint and args.online and args.online_kind == "non_salient":  # chosen once, not again
@@ -100,12 +102,13 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
     rows = {}
     for name, part in (("train", train_examples), ("held-out", held_out)):
         encoded = encode(part, tokenizer, max_length=args.max_length, chat_template=args.chat_template)
-        print(f"{name}: {encoded.summary()}")
+        if first_process:
+            print(f"{name}: {encoded.summary()}")
         rows[name] = encoded.rows
     measured = rows["held-out"][: config.eval_examples]
 
-    # Before the trainer: reading transformers' defaults resets accelerate's global state.
-    _write(output_dir / "config.yaml", yaml.safe_dump(exact_config(config, args), sort_keys=False))
+    # Before the trainer, whose accelerator would miss what this sets up anew.
+    written_config = yaml.safe_dump(exact_config(config, args), sort_keys=False)
     trainer = OKDTrainer(
         student,
         teacher,
@@ -114,20 +117,28 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
         eval_dataset=measured,
         processing_class=tokenizer,
     )
+    trainer.accelerator.wait_for_everyone()  # all have looked at output_dir
+    if first_process:
+        if config.overwrite and not checkpoint:
+            _remove_run(output_dir)
+        _write(output_dir / "config.yaml", written_config)
 
     prompts = {example["id"]: example["prompt"] for example in held_out if "prompt" in example}
 
     def measure() -> tuple[dict[str, Any], list[dict[str, str]]]:
+        judge = trainer.pair.teacher
+        if judge is None and teacher is not None:  # the trainer of a method without a teacher leaves it where it was
+            judge = teacher.to(args.device)
         scores, answers = evaluate(
             student,
-            teacher if trainer.pair.teacher is None else trainer.pair.teacher,
+            judge,
             tokenizer,
             measured,
             batch_size=args.per_device_eval_batch_size,
             vocab_size=args.vocab_size,
             generate=config.eval_answers,
             max_new_tokens=config.eval_max_new_tokens,
-            progress=not args.disable_tqdm,
+            progress=first_process and not args.disable_tqdm,
         )
         return scores, [{**answer, "prompt": prompts.get(answer["id"], answer["prompt"])} for answer in answers]
 
@@ -136,12 +147,13 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
         before, answers_before = json.loads(before_file.read_text())
     else:
         before, answers_before = measure()
-        _write(before_file, json.dumps([before, answers_before]))
+        if first_process:
+            _write(before_file, json.dumps([before, answers_before]))
     training_started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     training_seconds = time.perf_counter() - training_started
     trainer.save_model(str(output_dir))
-    if any("loss" in entry for entry in trainer.state.log_history):
+    if first_process and any("loss" in entry for entry in trainer.state.log_history):
         plot_curves(trainer.state.log_history, output_dir / "curves.png")
     after, answers_after = measure()
 
@@ -154,6 +166,8 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
         "seconds": {"training": round(training_seconds, 1), "all": round(time.perf_counter() - started, 1)},
         "versions": versions(),
     }
+    if not first_process:
+        return metrics
     _write(output_dir / "metrics.json", json.dumps(metrics, indent=2))
     before_file.unlink()
     print(f"\n{format_table(before, after)}")
@@ -170,11 +184,20 @@ def versions() -> dict[str, str]:
 
 
 def exact_config(config: RunConfig, args: OKDConfig) -> dict[str, Any]:
-    """The options that decide a run or differ from transformers' defaults; `okd train --config` takes them back."""
-    defaults = transformers.TrainingArguments(output_dir=args.output_dir).to_dict()
-    chosen = {k: v for k, v in args.to_dict().items() if v is not None and (k in RECORDED or defaults.get(k) != v)}
+    """The options that decide a run or differ from the defaults; `okd train --config` takes them back."""
+    # Making a configuration sets up accelerate's processes anew: they must come out as they were.
+    device: dict[str, Any] = {name: getattr(args, name) for name in ("use_cpu", "ddp_backend")}
+    options = {"output_dir": args.output_dir, **device}
+    ours, theirs = (c(**options).to_dict() for c in (OKDConfig, transformers.TrainingArguments))
+    chosen = {
+        k: v
+        for k, v in args.to_dict().items()
+        if v != ours[k] or (v is not None and (k in RECORDED or theirs.get(k) != v))
+    }
+    chosen |= {name: value for name, value in device.items() if value}
     transient = ("resume", "overwrite")  # of one invocation, not of the run
-    return {**{k: v for k, v in dataclasses.asdict(config).items() if k not in transient and v is not None}, **chosen}
+    own = {k: v for k, v in dataclasses.asdict(config).items() if k not in transient}
+    return {**{k: v for k, v in own.items() if v is not None or getattr(RunConfig, k) is not None}, **chosen}
 
 
 def _examples(
@@ -196,7 +219,7 @@ def _examples(
     return train, held_out
 
 
-def _prepare_output_dir(config: RunConfig, output_dir: Path) -> str | None:
+def _check_output_dir(config: RunConfig, output_dir: Path) -> str | None:
     """The checkpoint to go on from, or None. Raises FileExistsError rather than touch another run."""
     holds_run = (output_dir / "config.yaml").exists() or (output_dir / "metrics.json").exists()
     if config.resume:
@@ -211,12 +234,13 @@ def _prepare_output_dir(config: RunConfig, output_dir: Path) -> str | None:
             f"{output_dir} holds another run; pass another --output-dir, or --overwrite to remove it, or to okd train "
             "--resume to go on from its last checkpoint"
         )
-    if holds_run:
-        for path in output_dir.iterdir():
-            if path.name in RUN_FILES or path.name.startswith(("checkpoint-", "non_finite_batch_")):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    output_dir.mkdir(parents=True, exist_ok=True)
     return None
+
+
+def _remove_run(output_dir: Path) -> None:
+    for path in output_dir.iterdir():
+        if path.name in RUN_FILES or path.name.startswith(("checkpoint-", "non_finite_batch_")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _models(config: RunConfig) -> tuple[Any, Any, Any]:
@@ -233,9 +257,11 @@ def _models(config: RunConfig) -> tuple[Any, Any, Any]:
         tokenizer, student = student_tokenizer, load_model(config.student, config.dtype)
     else:
         student = teacher
-    n_layers = student.config.get_text_config().num_hidden_layers
-    if config.student_layers is not None or student is teacher:
-        student = keep_layers(student, parse_layers(config.student_layers or f"0-{n_layers - 1}", n_layers))
+    if config.student_layers is not None:
+        n_layers = student.config.get_text_config().num_hidden_layers
+        student = keep_layers(student, parse_layers(config.student_layers, n_layers))
+    elif student is teacher:
+        student = copy.deepcopy(teacher)
     for source in config.more_teachers or []:
         if not is_adapter(source):
             check_tokenizers(tokenizer, load_tokenizer(source))

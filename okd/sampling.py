@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
+from okd.answers import end_tokens, prompt_and_reference
 from okd.data import IGNORE, Collator
 from okd.decoding import Draw, write
-from okd.models import evaluating
+from okd.models import evaluating, position_limit
 from okd.teachers import base_teacher
 from okd_kernels import LinearHead
 
@@ -53,7 +54,7 @@ class Sampler:
         self.state: dict[str, Any] = {}
         self.coin, self.generator = 0.0, torch.Generator()
         self._sums: dict[str, float] = {}
-        self._since = time.perf_counter()
+        self.start_clock()
         if self.policy is replay:
             self.state = {"phi": 0.0, "previous": None, "buffer": []}
             if args.eval_strategy == "no":
@@ -86,7 +87,7 @@ class Sampler:
         ("both") it is the teacher of the moment, whose distribution is the loss's target too.
         """
         args, student, teacher = self.args, self.pair.student, self.pair.teacher
-        prompts = [prompt_of(row) for row in rows]
+        prompts = [prompt_and_reference(row)[0] for row in rows]
         limits = [min(args.max_new_tokens, self._max_length() - len(prompt)) for prompt in prompts]
         asked = [i for i, prompt in enumerate(prompts) if len(prompt) > 1 and limits[i] > 0]
         if not asked:
@@ -109,7 +110,7 @@ class Sampler:
                 author,
                 [prompts[i] for i in asked],
                 [limits[i] for i in asked],
-                ends=self._ends(),
+                ends=end_tokens(self.tokenizer, student, teacher),
                 vocab_size=self._vocab_size(),
                 generator=self.generator,
                 **options,
@@ -127,23 +128,17 @@ class Sampler:
 
     def _max_length(self) -> int:
         """Tokens of the longest row that both models have positions for."""
-        configs = [m.config.get_text_config() for m in (self.pair.student, self.pair.teacher) if m is not None]
-        known = [getattr(config, "max_position_embeddings", None) for config in configs]
+        known = [position_limit(model) for model in (self.pair.student, self.pair.teacher)]
         return min([self.args.max_length, *(length for length in known if length is not None)])
-
-    def _ends(self) -> set[int]:
-        """End-of-sequence tokens of the tokenizer and both models: a chat model's own list may be longer."""
-        ends = {self.tokenizer.eos_token_id}
-        for model in (self.pair.student, self.pair.teacher):
-            config = getattr(model, "generation_config", None)
-            found = None if config is None else config.eos_token_id
-            ends.update(found if isinstance(found, list) else [found])
-        return ends - {None}
 
     def _vocab_size(self) -> int:
         """Ids that both models know: one written by one of them is read by the other."""
         heads = [LinearHead.from_model(m) for m in (self.pair.student, self.pair.teacher) if m is not None]
         return min([len(head.weight) for head in heads] + [self.args.vocab_size or len(heads[0].weight)])
+
+    def start_clock(self) -> None:
+        """The time from here on is what `generating_share` is a share of."""
+        self._since = time.perf_counter()
 
     def note(self, **values: float) -> None:
         """Add to the sums behind the next log entry."""
@@ -156,9 +151,9 @@ class Sampler:
         `generating_share` of the time; `generated_tokens_per_second` of generating; `student_written_share` of the
         rows, replayed ones too; SKD's `acceptance_rate`, the share of tokens that the student wrote; DistiLLM's `phi`.
         """
-        now, sums = time.perf_counter(), self._sums
+        sums = self._sums
         seconds = sums.pop("generating_seconds", 0.0)
-        logs = {"generating_share": seconds / (now - self._since)}
+        logs = {"generating_share": seconds / (time.perf_counter() - self._since)}
         if seconds:
             logs["generated_tokens_per_second"] = sums.pop("generated_tokens", 0.0) / seconds
             logs["student_written_share"] = sums.pop("student_written_rows") / sums.pop("rows")
@@ -166,7 +161,8 @@ class Sampler:
             logs["acceptance_rate"] = sums.pop("accepted") / sums.pop("judged")
         if "phi" in self.state:
             logs |= {"phi": self.state["phi"], "replay_rows": len(self.state["buffer"])}
-        self._sums, self._since = {}, now
+        self._sums = {}
+        self.start_clock()
         return logs | sums
 
     def on_evaluate(self, loss: float) -> None:
@@ -180,6 +176,9 @@ class Sampler:
         path.write_text(json.dumps(self.state))
 
     def load(self, path: Path) -> None:
+        """Raises FileNotFoundError, but of a policy that has nothing to remember."""
+        if not self.state:
+            return
         if not path.is_file():
             raise FileNotFoundError(f"{path}: expected the sampler's state of this run; got no such file")
         self.state = json.loads(path.read_text())
@@ -190,12 +189,6 @@ def rows_of(batch: Mapping[str, Any]) -> list[Row]:
     lengths = batch["attention_mask"].sum(1).tolist()
     columns = zip(batch["ids"], batch["input_ids"].tolist(), batch["labels"].tolist(), lengths, strict=True)
     return [{"id": name, "input_ids": ids[:n], "labels": labels[:n]} for name, ids, labels, n in columns]
-
-
-def prompt_of(row: Row) -> list[int]:
-    """The tokens before the first response."""
-    start = next((i for i, label in enumerate(row["labels"]) if label != IGNORE), len(row["labels"]))
-    return row["input_ids"][:start]
 
 
 def dataset(sampler: Sampler, rows: list[Row]) -> list[Row]:

@@ -55,7 +55,6 @@ class Selection(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(widths)))
 
     def scores(self, states: Sequence[Tensor]) -> Tensor:
-        # a product and a sum rather than a GEMM, which autocast would round to bf16
         return torch.stack([(s * w).sum(1) for s, w in zip(states, self.weights, strict=True)], 1) + self.bias
 
 

@@ -73,6 +73,26 @@ def prepare_teacher(
     return teacher
 
 
+def check_vocabularies(student: Any, teacher: Any, vocab_size: int | None) -> None:
+    """Raise ValueError unless all heads have one number of rows, or `vocab_size` and more."""
+    heads = [LinearHead.from_model(student)]
+    if isinstance(teacher, Ensemble):
+        for i in range(len(teacher.members)):
+            with teacher.active(i) as member:
+                heads.append(LinearHead.from_model(member))
+    else:
+        heads.append(LinearHead.from_model(teacher))
+    sizes = [len(head.weight) for head in heads]
+    if vocab_size is None and len(set(sizes)) > 1:
+        raise ValueError(
+            f"expected heads of one vocabulary size; got student {sizes[0]} and teacher "
+            f"{', '.join(map(str, sizes[1:]))}. If they share a tokenizer and are padded differently, pass "
+            f"vocab_size=len(tokenizer), at most {min(sizes)}"
+        )
+    if vocab_size is not None and not 0 < vocab_size <= min(sizes):
+        raise ValueError(f"expected vocab_size in [1, {min(sizes)}], as all heads have rows; got {vocab_size}")
+
+
 def check_number_of_teachers(args: OKDConfig, n: int) -> None:
     """Raise ValueError unless the method takes so many teachers."""
     if n > 1 and args.preset.selection is None:

@@ -19,11 +19,11 @@ from transformers.utils import logging
 from okd.config import OKDConfig
 from okd.data import Collator, Encoded, encode
 from okd.evaluate import divergence_metrics
-from okd.models import check_head, describe_parameters, evaluating
+from okd.models import check_head, describe_parameters, evaluating, position_limit
 from okd.objectives import Loss
 from okd.pair import StudentTeacher
 from okd.sampling import Sampler
-from okd.teachers import Ensemble, distance_from_base, prepare_teacher
+from okd.teachers import Ensemble, check_vocabularies, distance_from_base, prepare_teacher
 from okd_kernels import DistillationLoss
 
 UNLOGGED = {"reverse_kl", "student_entropy", "teacher_entropy", "student_nll", "teacher_nll"}  # of a loss's metrics
@@ -62,7 +62,8 @@ class OKDTrainer(Trainer):
     It saves the student (plain `from_pretrained` loads it) and the teacher's adapter, and resumes from checkpoints.
 
     Raises:
-        ValueError: nothing would train, a base weight of the teacher would, or a head does more than a matrix product.
+        ValueError: nothing would train, a base weight of the teacher would, a head does more than a matrix product, or
+            the heads have different numbers of rows and `vocab_size` is not given.
         FloatingPointError: a loss is not finite; the ids of its batch are saved first.
     """
 
@@ -92,6 +93,9 @@ class OKDTrainer(Trainer):
         for name, model in (("student", student), ("teacher", teacher)):
             if model is not None and not isinstance(model, Ensemble):  # which has checked its members
                 check_head(model, name)
+        if teacher is not None:
+            check_vocabularies(student, teacher, args.vocab_size)
+        _warn_of_long_rows((student, teacher), [*(train_rows or ()), *(eval_rows or ())])
         if not any(p.requires_grad for p in student.parameters()):
             raise ValueError("expected a student with trainable parameters; all are frozen: call requires_grad_()")
         super().__init__(
@@ -133,6 +137,7 @@ class OKDTrainer(Trainer):
                     "set it in fsdp_config, or as fsdp_state_dict_type in accelerate's configuration"
                 )
         self._logged_at = time.perf_counter()
+        self.sampler.start_clock()
         return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -140,7 +145,7 @@ class OKDTrainer(Trainer):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.pair.at(self.state.global_step, self.state.max_steps)
         if self.args.preset.sequences != "dataset" and batches:
-            with self.compute_loss_context_manager():  # autocast, as in the step
+            with self.accelerator.autocast():  # as in the step
                 batches = self.sampler(batches, self.state.global_step)
             count = self._get_num_items_in_batch(batches, device)
         return batches, count
@@ -274,6 +279,8 @@ class OKDTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """`student/` and `teacher_adapter/`: neither the base teacher nor pickles."""
+        if not self.args.should_save:  # Trainer leaves it to this method that one process writes
+            return
         directory = Path(str(output_dir or self.args.output_dir))
         parts = {STUDENT: self.pair.student}
         if self.args.online:
@@ -340,6 +347,17 @@ def _rows(data: Any, tokenizer: Any, args: OKDConfig) -> list[dict[str, Any]] | 
     encoded = encode(data, tokenizer, max_length=args.max_length, chat_template=args.chat_template)
     logger.info(encoded.summary())
     return encoded.rows
+
+
+def _warn_of_long_rows(models: Sequence[Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Learned position embeddings end in an index error there, on a GPU in one that names no index."""
+    longest = max((len(row["input_ids"]) for row in rows), default=0)
+    limit = min((n for n in map(position_limit, models) if n is not None), default=longest)
+    if longest > limit:
+        logger.warning(
+            f"expected rows of at most {limit} tokens, as both models have positions; got one of {longest}: "
+            f"pass max_length={limit}, unless the models extrapolate"
+        )
 
 
 def _load_weights(model: Any, directory: Path) -> None:

@@ -1,17 +1,21 @@
 """Whole runs from the command line, on tiny models that are saved and loaded like any other."""
 
+import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
 import tiny
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from okd import cli, models
 from okd.cli import main, parse_train
+from okd.run import exact_config
 
 
 @pytest.fixture(scope="module")
@@ -26,24 +30,17 @@ def folder(tmp_path_factory):
 
 
 def train(folder, output, *options, method="okd"):
-    return main(
-        [
-            *("train", method, "--teacher", str(folder / "teacher"), "--student", str(folder / "student")),
-            *("--train-file", str(folder / "train.jsonl"), "--eval-file", str(folder / "eval.jsonl")),
-            *("--output-dir", str(output), "--max-steps", "6", "--use-cpu", "--eval-answers", "4"),
-            *(
-                "--eval-max-new-tokens",
-                "6",
-                "--disable-tqdm",
-                "true",
-                "--learning-rate",
-                "1e-2",
-                "--logging-steps",
-                "2",
-            ),
-            *options,
-        ]
-    )
+    return main(arguments_of_train(folder, output, *options, method=method))
+
+
+def arguments_of_train(folder, output, *options, method="okd"):
+    return [
+        *("train", method, "--teacher", str(folder / "teacher"), "--student", str(folder / "student")),
+        *("--train-file", str(folder / "train.jsonl"), "--eval-file", str(folder / "eval.jsonl")),
+        *("--output-dir", str(output), "--max-steps", "6", "--use-cpu", "--eval-answers", "4"),
+        *("--eval-max-new-tokens", "6", "--disable-tqdm", "true", "--learning-rate", "1e-2", "--logging-steps", "2"),
+        *options,
+    ]
 
 
 def metrics(output):
@@ -119,6 +116,26 @@ def test_the_written_config_repeats_the_run(folder, tmp_path):
     assert metrics(tmp_path / "b")["after"] == metrics(tmp_path / "a")["after"]
 
 
+def test_two_processes_are_one_run(folder, tmp_path):
+    """Under torchrun: the first process writes, once, and half the batch on each is the whole batch on one."""
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    few = tmp_path / "few.jsonl"  # a step takes them all, in whatever order
+    few.write_text("\n".join(json.dumps(e) for e in tiny.examples(8)))
+    options = ("--max-steps", "3", "--save-strategy", "steps", "--save-steps", "2", "--train-file", str(few))
+    arguments = arguments_of_train(folder, together, *options, "--per-device-train-batch-size", "4", "--overwrite")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "okd.cli"]
+    for _ in range(2):  # the second time there is a run to remove
+        done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("Student, metrics and curves are in") == done.stdout.count("held-out:") == 1
+    assert train(folder, alone, *options, "--per-device-train-batch-size", "8") == 0
+    assert sorted(p.name for p in together.iterdir()) == sorted(p.name for p in alone.iterdir())
+    found, expected = metrics(together), metrics(alone)
+    assert found["before"] == expected["before"]
+    assert found["after"]["forward_kl"] == pytest.approx(expected["after"]["forward_kl"], rel=1e-4)
+    assert (together / "checkpoint-2" / "teacher_adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_resume_after_an_interruption_gives_the_same_student(folder, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     saving = ("--save-strategy", "steps", "--save-steps", "3")
@@ -151,6 +168,30 @@ def test_student_from_the_teachers_layers(folder, tmp_path):
     assert student.config.num_hidden_layers == 2 and len(student.model.layers) == 2
     assert metrics(output)["after"]["rouge_l"] is None
     assert not (output / "teacher_adapter").exists()
+
+
+@pytest.mark.parametrize("layers", [None, "0,2"])
+def test_a_student_out_of_a_gpt2(folder, tmp_path, layers):
+    """Whose layers have another name."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": tiny.VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}
+    gpt2 = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    tiny.tokenizer().save_pretrained(tmp_path / "gpt2")
+    arguments = ["train", "okd", "--teacher", str(tmp_path / "gpt2"), "--use-cpu", "--eval-answers", "2"]
+    arguments += [
+        "--train-file",
+        str(folder / "train.jsonl"),
+        "--output-dir",
+        str(tmp_path / "run"),
+        "--max-steps",
+        "1",
+    ]
+    assert main([*arguments, *(() if layers is None else ("--student-layers", layers))]) == 0
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    assert len(student.transformer.h) == student.config.n_layer == (3 if layers is None else 2)
+    before = metrics(tmp_path / "run")["before"]["forward_kl"]
+    assert (before < 1e-6) == (layers is None)
 
 
 def test_kept_layers_are_the_teachers(folder):
@@ -186,9 +227,47 @@ def test_generate(folder, capsys):
     assert capsys.readouterr().out.strip() == expected.strip() != ""
 
 
-def test_generate_says_why_it_cannot_answer(folder, capsys):
-    assert main(["generate", "--model", str(folder / "student"), "--prompt", "w2"]) == 2
-    assert "expected prompts of at least two tokens; got 1 shorter" in capsys.readouterr().err
+def test_generate_says_why_it_cannot_answer(folder, tmp_path, capsys):
+    model = ("--model", str(folder / "student"))
+    fails(
+        capsys, main(["generate", *model, "--prompt", "w2"]), "expected prompts of at least two tokens", "1 others (0)"
+    )
+    long = " ".join(["w2"] * 64)  # as many as the model has positions
+    fails(capsys, main(["generate", *model, "--prompt", "w2 w3", long]), "fewer than the model's 64 positions", "(1)")
+    file = tmp_path / "some.jsonl"
+    file.write_text('{"prompt": "w2 w3"}\n{"id": "plain", "text": "w4 w5 w6"}')
+    fails(capsys, main(["generate", *model, "--file", str(file)]), "1 others (plain)")
+
+
+def test_generate_from_prompts_alone(folder, tmp_path, capsys):
+    """In their order; a completion beside a prompt changes nothing; no answer goes beyond the model's positions."""
+    file, prompts = tmp_path / "prompts.jsonl", ["w2 w3 w4", "w5 w6", " ".join(["w7"] * 61)]
+    lines = [{"prompt": prompts[0]}, {"prompt": prompts[1], "completion": "w9"}, {"prompt": prompts[2]}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    options = ("--model", str(folder / "student"), "--max-new-tokens", "9")
+    assert main(["generate", *options, "--file", str(file), "--batch-size", "1"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["prompt"] for answer in answers] == prompts
+    assert len(answers[2]["answer"].split()) <= 3
+    assert main(["generate", *options, "--prompt", *prompts[:2], "--batch-size", "1"]) == 0
+    assert capsys.readouterr().out.splitlines() == [answer["answer"] for answer in answers[:2]]
+
+
+def test_the_chat_template_is_that_of_the_training(folder, tmp_path, capsys):
+    """`--chat-template false` prompts a model as `okd train --chat-template false` has trained it."""
+    model = tmp_path / "chat"
+    shutil.copytree(folder / "student", model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}{{ 'w50 w51 ' + m['content'] + ' <eos> ' }}{% endfor %}"
+    tokenizer.save_pretrained(model)
+    seen = []
+    for source, options in ((folder / "student", ()), (model, ("--chat-template", "false")), (model, ())):
+        arguments = ("--student", str(source), "--teacher", str(folder / "teacher"), "--answers", "0", *options)
+        assert main(["evaluate", *arguments, "--file", str(folder / "eval.jsonl")]) == 0
+        seen.append(json.loads(capsys.readouterr().out))
+        assert main(["generate", "--model", str(source), "--prompt", "w2 w3 w4", *options]) == 0
+        seen[-1]["answer"] = capsys.readouterr().out
+    assert seen[0] == seen[1] and seen[0]["forward_kl"] != seen[2]["forward_kl"]
 
 
 def test_env(capsys):
@@ -209,6 +288,33 @@ def test_command_line_wins_over_yaml(tmp_path):
     assert config.teacher == "a"
     _, args = parse_train(["jsd", "--config", str(file)])
     assert args.method == "jsd"
+
+
+def test_yaml_has_the_types_of_the_command_line(tmp_path):
+    """YAML itself reads `no` as false, 1e-4 as a string, and one name as no list."""
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "save_strategy: no\nlearning_rate: 1e-4\nmore_teachers: adapters/c\neval_examples: null\nbf16: false\n"
+        "gradient_checkpointing_kwargs: {use_reentrant: false}\nreport_to: [tensorboard]\neval_share: .2\n"
+    )
+    config, args = parse_train(["jsd", "--config", str(file), "--output-dir", str(tmp_path)])
+    assert (args.save_strategy, args.learning_rate, args.bf16) == ("no", 1e-4, False)
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": False} and args.report_to == ["tensorboard"]
+    assert (config.more_teachers, config.eval_examples, config.eval_share) == (["adapters/c"], None, 0.2)
+    file.write_text("online_rank: many\n")
+    with pytest.raises(SystemExit):
+        parse_train(["okd", "--config", str(file)])
+
+
+def test_the_written_config_holds_what_differs_from_either_default(tmp_path):
+    """Also what is transformers' default where ours is another, and none where the default is something."""
+    options = ["--logging-steps", "500", "--output-dir", str(tmp_path), "--report-to", "none"]
+    config, args = parse_train(["okd", *options])
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(exact_config(dataclasses.replace(config, eval_examples=None), args)))
+    again, args_again = parse_train(["--config", str(file), "--output-dir", str(tmp_path)])
+    assert again.eval_examples is None and args_again.logging_steps == 500 and args_again.method == "okd"
+    assert "eval_share" in file.read_text() and "deepspeed" not in file.read_text()
 
 
 def test_unknown_yaml_key_is_an_error(tmp_path):
@@ -269,6 +375,25 @@ def test_output_directory_of_another_run(folder, tmp_path, capsys):
     assert train(folder, output, "--max-steps", "2", "--overwrite") == 0
     assert metrics(output)["steps"] == 2
     assert (output / "notes.txt").read_text() == "mine", "only the run's own files are removed"
+
+
+def test_overwrite_removes_nothing_before_the_inputs_are_good(folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(folder, output, "--max-steps", "1") == 0
+    before = sorted(p.name for p in output.iterdir())
+    fails(capsys, train(folder, output, "--overwrite", "--teacher", "no/such"), "no/such")
+    assert sorted(p.name for p in output.iterdir()) == before
+    assert train(folder, output, "--overwrite", "--max-steps", "1", "--student", str(output / "student")) == 0
+
+
+def test_heads_of_different_sizes_are_found_at_once(folder, tmp_path, capsys):
+    """Before the first evaluation, and without leaving a run that the corrected command would have to overwrite."""
+    padded = tmp_path / "padded"
+    tiny.llama(seed=1, vocab=80).save_pretrained(padded)
+    tiny.tokenizer().save_pretrained(padded)
+    status = train(folder, tmp_path / "run", "--teacher", str(padded))
+    fails(capsys, status, "got student 64 and teacher 80", "pass vocab_size=len(tokenizer), at most 64")
+    assert train(folder, tmp_path / "run", "--teacher", str(padded), "--vocab-size", "64", "--max-steps", "1") == 0
 
 
 def test_missing_inputs(folder, tmp_path, capsys):

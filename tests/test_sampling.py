@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from okd import OKDConfig, OKDTrainer
+from okd import OKDConfig, OKDTrainer, decoding, sampling
 from okd.cli import main
 from okd.data import Collator, encode
 from okd.decoding import Draw, write
@@ -96,10 +96,36 @@ def test_rows_that_cannot_be_written_stay(tmp_path):
     assert POLICIES["paired"](sampler, [text, turns])[0] == text, "once, not twice"
 
 
-def test_no_row_is_longer_than_the_positions_of_a_model(tmp_path):
+def test_no_row_is_longer_than_the_positions_of_a_model(tmp_path, monkeypatch):
     sampler = trainer(tmp_path, max_new_tokens=500).sampler  # max_length 512, 64 positions
-    sampler._ends = set  # never ends
+    monkeypatch.setattr(sampling, "end_tokens", lambda *_: set())  # never ends
     assert [len(row["input_ids"]) for row in sampler.respond(rows(2))] == [64, 64]
+
+
+def test_writing_is_under_autocast_with_logits_in_fp32(tmp_path, monkeypatch):
+    """bf16=True with fp32 weights: decoders run in bf16, as in the step; what is drawn from is not rounded to it."""
+    run = trainer(tmp_path, "skd", bf16=True, max_steps=1)
+    seen, dtypes = set(), set()
+    hidden_states, draw = decoding.hidden_states, decoding.Draw.__call__
+
+    def watched(*args, **options):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return hidden_states(*args, **options)
+
+    def drawn(self, logits, uniform):
+        dtypes.add((logits.dtype, bool((logits == logits.bfloat16()).all())))
+        return draw(self, logits, uniform)
+
+    monkeypatch.setattr(decoding, "hidden_states", watched)
+    monkeypatch.setattr(decoding.Draw, "__call__", drawn)
+    run.train()
+    assert seen == {True} and dtypes == {(torch.float32, False)}
+
+
+def test_a_policy_that_remembers_nothing_needs_no_file_to_resume(tmp_path):
+    trainer(tmp_path, "gkd").sampler.load(tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError, match=r"none.json: expected the sampler's state of this run"):
+        trainer(tmp_path, "distillm", eval_strategy="steps").sampler.load(tmp_path / "none.json")
 
 
 def test_ids_are_those_that_both_models_know(tmp_path):
@@ -414,8 +440,3 @@ def test_a_model_that_is_not_finite_stops_at_its_loss(method, tmp_path):
         run.pair.student.model.norm.weight[0] = float("nan")
     with pytest.raises(FloatingPointError, match="step 0: expected a finite loss; got student nan"):
         run.train()
-
-
-def test_says_that_the_state_is_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"sampler_0.json: expected the sampler's state of this run"):
-        trainer(tmp_path).sampler.load(tmp_path / "sampler_0.json")

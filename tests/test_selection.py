@@ -372,6 +372,34 @@ def test_resume_equals_not_stopping(method, tmp_path):
     assert any(not torch.equal(value, expected[f"selection.{name}"]) for name, value in saved.items())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_does_not_round_what_a_selection_sees(method, tmp_path):
+    pair = make_pair(tmp_path, method).float()
+    batch = make_batch()
+    plain, found = [], []
+    forward = type(pair.selection).forward
+
+    def watched(lesson, into):
+        into += [
+            lesson.encoding(lesson.student_rows),
+            lesson.summary(0, "teacher_nll"),
+            lesson.mean @ lesson.divergences,
+        ]
+        return forward(pair.selection, lesson)
+
+    def run(into):
+        pair.selection.forward = lambda lesson: watched(lesson, into)
+        with torch.no_grad():
+            pair(**{k: batch[k] for k in INPUTS})
+
+    run(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(found)
+    for x, y in zip(found, plain, strict=True):
+        assert x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float())
+        torch.testing.assert_close(x, y, rtol=0.1, atol=0.1)  # the models themselves are rounded
+
+
 def test_the_selection_has_its_own_learning_rate(tmp_path):
     run = trainer(tmp_path, make_teachers(), method="gated_ensemble", selection_learning_rate=0.03)
     groups = run.create_optimizer().param_groups

@@ -486,11 +486,20 @@ def test_refuses_a_missing_teacher_or_tokenizer(tmp_path):
 
 
 def test_heads_of_two_sizes_say_what_to_pass(tmp_path):
-    run = trainer(tmp_path, teacher=tiny.llama(seed=1, vocab=72))
     with pytest.raises(ValueError, match=r"student 64 and teacher 72.*vocab_size=len\(tokenizer\), at most 64"):
-        run.train()
+        trainer(tmp_path, teacher=tiny.llama(seed=1, vocab=72))
     run = trainer(tmp_path, teacher=tiny.llama(seed=1, vocab=72), vocab_size=64, max_steps=1)
     assert math.isfinite(run.train().training_loss)
+
+
+def test_rows_beyond_the_positions_of_a_model_are_warned_of(tmp_path, caplog):
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    trainer(tmp_path, teacher=tiny.llama(seed=1, max_position_embeddings=7))
+    logging.disable_propagation()
+    (line,) = [r.getMessage() for r in caplog.records if "positions" in r.getMessage()]
+    assert "rows of at most 7 tokens" in line and "pass max_length=7" in line
 
 
 def test_says_once_what_trains(tmp_path, caplog):

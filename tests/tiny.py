@@ -19,11 +19,10 @@ def llama(seed=0, layers=2, hidden=32, vocab=VOCAB, **options):
         num_attention_heads=4,
         num_key_value_heads=2,
         initializer_range=0.2,
-        max_position_embeddings=64,
         bos_token_id=None,
         eos_token_id=EOS,
         pad_token_id=EOS,
-        **{"tie_word_embeddings": True, **options},
+        **{"tie_word_embeddings": True, "max_position_embeddings": 64, **options},
     )
     return LlamaForCausalLM(config)
 
