@@ -156,7 +156,7 @@ def measure_time(case: Case, candidates: list[Candidate], repeats: int) -> tuple
     floor = Floor(tensors, case.device)
     parts, times, failures = {part: [] for part in floor.parts}, {c.name: [] for c in candidates}, {}
     runs = {c.name: partial(step, c.loss(), c.leaves(tensors, case), case.divergence) for c in candidates}
-    for i in range(1 + repeats):
+    for _ in range(1 + repeats):
         for part, duration in floor.times().items():
             parts[part].append(duration)
         for name, run in runs.items():
@@ -165,14 +165,17 @@ def measure_time(case: Case, candidates: list[Candidate], repeats: int) -> tuple
             try:
                 times[name].append(seconds(run, case.device))
             except Exception as error:  # whatever a peer raises here is a result, not a reason to lose the others
-                if i > 0 or name.startswith("ours"):
+                if name.startswith("ours"):
                     raise
                 failures[name] = _reason(error)
     return {part: x[1:] for part, x in parts.items()}, {n: failures.get(n, x[1:]) for n, x in times.items()}
 
 
 def measure_memory(case: Case, candidate: Candidate) -> int | str:
-    """Peak bytes beyond inputs and returned gradients, in a fresh process; or why it did not run."""
+    """Peak bytes beyond inputs and returned gradients; or why it did not run. On a CPU in a fresh process, whose
+    resident set is its own."""
+    if case.device == "cuda":
+        return memory_job(case, candidate)
     job = json.dumps([asdict(case), candidate])
     # Without a fixed threshold, glibc keeps freed blocks and a later run would not show what it allocates.
     result = subprocess.run(
@@ -327,14 +330,16 @@ def environment(device: str) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # no git
+        commit = ""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": versions,
-        "commit": git.stdout.strip(),
+        "commit": commit,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -359,7 +359,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         parse_variant(variant)
     candidates = [(v, loss) for v in variants for loss in ("ours", "eager") if loss == "ours" or v in args.eager]
     results: dict[tuple[str, str], list[dict[str, Any]]] = {candidate: [] for candidate in candidates}
+    failures: dict[str, str] = {}
     about = environment(args.device)
+    default = Path(__file__).parent / "results" / f"{about['date'][:19].replace(':', '')}-{args.device}-step.json"
+    path = args.output or default
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items() if name != "job"}
+
+    def save() -> dict[tuple[str, str], dict[str, Any]]:
+        """After each process: a run that is cut off has what it has."""
+        found = {candidate: summarise(x) for candidate, x in results.items() if x}
+        table = [{"variant": variant, "loss": loss, **x} for (variant, loss), x in found.items()]
+        whole = {**about, "arguments": options, "skipped": absent, "failed": failures, "results": table}
+        path.write_text(json.dumps(whole, indent=1) + "\n")
+        return found
+
     print(f"{about['device']}, {about['threads']} threads, commit {about['commit']}, {about['versions']}")
     with tempfile.TemporaryDirectory() as folder:
         student, teacher = save_models(args, Path(folder))
@@ -367,17 +381,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         for i in range(args.rounds):
             for variant, loss in candidates[:: 1 if i % 2 == 0 else -1]:
                 job = {**shape, "student": student, "teacher": teacher, "variant": variant, "loss": loss}
-                results[variant, loss].append(subprocess_job("benchmarks.step", job))
-                seconds = statistics.median(results[variant, loss][-1]["step_s"])
-                print(f"round {i + 1}: {variant}, {loss}: {1e3 * seconds:.1f} ms/step", flush=True)
-    found = {candidate: summarise(x) for candidate, x in results.items()}
-    show(found)
-    default = Path(__file__).parent / "results" / f"{about['date'][:19].replace(':', '')}-{args.device}-step.json"
-    path = args.output or default
-    path.parent.mkdir(parents=True, exist_ok=True)
-    options = {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items() if name != "job"}
-    table = [{"variant": variant, "loss": loss, **x} for (variant, loss), x in found.items()]
-    path.write_text(json.dumps({**about, "arguments": options, "skipped": absent, "results": table}, indent=1) + "\n")
+                try:
+                    results[variant, loss].append(subprocess_job("benchmarks.step", job))
+                except RuntimeError as error:  # one that does not fit the device should not cost the others
+                    failures[f"{variant}, {loss}"] = str(error)
+                    print(f"round {i + 1}: {variant}, {loss}: FAILED: {str(error).splitlines()[-1]}", flush=True)
+                else:
+                    seconds = statistics.median(results[variant, loss][-1]["step_s"])
+                    print(f"round {i + 1}: {variant}, {loss}: {1e3 * seconds:.1f} ms/step", flush=True)
+                save()
+    show(save())
     print(f"\n{path}")
 
 

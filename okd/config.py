@@ -216,6 +216,8 @@ class OKDConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.early_stopping_patience is not None:
             self.metric_for_best_model = self.metric_for_best_model or "loss"
+            if self.greater_is_better is None:  # of OKDTrainer.evaluate's metrics, that of agreement alone
+                self.greater_is_better = "agreement" in self.metric_for_best_model
             self.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
         super().__post_init__()
         if self.n_gpu > 1:  # DataParallel would cut `positions`, which count rows of the whole batch, into pieces

@@ -29,7 +29,7 @@ PANELS: dict[tuple[str, str], tuple[Curve, ...]] = {  # (title, y label) -> curv
         Curve("loss", "total", OTHER),
         Curve("student_loss", "student"),
         Curve("teacher_loss", "teacher's online module", TEACHER),
-        Curve("eval_loss", "student, held out"),
+        Curve("eval_loss", "eval_loss, held out"),
     ),
     ("KL(base teacher ‖ student)", "nats per token"): (
         Curve("base_forward_kl", "training"),

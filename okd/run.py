@@ -22,6 +22,7 @@ import torch
 import transformers
 import yaml
 from peft import PeftModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 import okd_kernels
 from okd.config import OKDConfig, option
@@ -117,6 +118,11 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
         eval_dataset=measured,
         processing_class=tokenizer,
     )
+    if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "expected whole models on each process, as this command evaluates before and after; got sharded ones: call "
+            "OKDTrainer from a script, and okd evaluate afterwards"
+        )
     trainer.accelerator.wait_for_everyone()  # all have looked at output_dir
     if first_process:
         if config.overwrite and not checkpoint:

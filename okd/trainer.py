@@ -239,7 +239,16 @@ class OKDTrainer(Trainer):
     # --- evaluation, saving, resuming ---
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Divergences, perplexity and top-1 agreement on held-out rows, against the base teacher."""
+        """Divergences, perplexity and top-1 agreement on held-out rows, against the base teacher.
+
+        `eval_loss` is KL(p || q), whatever divergence trains, so that methods compare; without a teacher the NLL, with
+        several ones the method's distillation loss. Raises ValueError without rows, or under FSDP or ZeRO-3.
+        """
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "expected whole models on each process to evaluate; got sharded ones: pass eval_strategy='no', and "
+                "give the saved student to okd evaluate"
+            )
         rows: Any = self.eval_dataset if eval_dataset is None else _rows(eval_dataset, self.tokenizer, self.args)
         if rows is None:
             raise ValueError("expected an eval_dataset; got None: pass one to OKDTrainer or to evaluate")

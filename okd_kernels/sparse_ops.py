@@ -30,7 +30,7 @@ from okd_kernels.ops import (
     wide,
 )
 from okd_kernels.rows import FLOOR, INFINITE, Side
-from okd_kernels.torch_rows import BLOCK_ELEMENTS, _infinite, _transform, _write_gradient
+from okd_kernels.torch_rows import _infinite, _transform, _write_gradient, block_rows
 
 SPARSE_STATISTICS = ("forward_kl", "student_nll", "target_mass", "student_mass")
 ROUNDING = 8  # eps; a target's tail below this share of 1 - max p is rounding of the K log-probabilities
@@ -54,8 +54,7 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
     The about four temporaries of a quarter take together what the chunk's logits take.
     """
     c, width = logits.shape
-    on_cpu = logits.device.type == "cpu"
-    step = max(torch.get_num_threads(), BLOCK_ELEMENTS // width) if on_cpu else -(-c // 4)
+    step = block_rows(width, logits.device) if logits.device.type == "cpu" else -(-c // 4)
     for start in range(0, c, step):
         yield slice(start, min(start + step, c))
 

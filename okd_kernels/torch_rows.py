@@ -1,6 +1,6 @@
 """The row contract in plain PyTorch: the CPU path, and devices without Triton.
 
-The chunk's logits are worked off a few rows at a time, so that every pass finds them in cache: on 2 CPU cores the
+The chunk's logits are worked off a few rows at a time, so that every pass finds them in a CPU's cache: on 2 cores the
 passes then cost a few percent of the GEMMs; over the whole chunk they cost as much as a third.
 """
 
@@ -16,6 +16,14 @@ from okd_kernels.divergences import DIVERGENCES, TINY, Objective
 from okd_kernels.rows import FLOOR, INFINITE, Side
 
 BLOCK_ELEMENTS = 600_000  # logits of one side that are worked on together: 2.4 MB in fp32, about a cache
+ACCELERATOR_BLOCK_ELEMENTS = 1 << 24  # elsewhere than on a CPU: few launches, and 64 MiB for each temporary
+
+
+def block_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows that are worked on together."""
+    if device.type == "cpu":
+        return max(torch.get_num_threads(), BLOCK_ELEMENTS // vocab_size)
+    return max(1, ACCELERATOR_BLOCK_ELEMENTS // vocab_size)
 
 
 def _transform(side: Side, rows: slice, v: int, dtype: torch.dtype, ignored: Tensor | None) -> Tensor:
@@ -147,7 +155,7 @@ def torch_rows(
 ) -> None:
     """Fill losses, statistics and both gradients of n rows, in the dtype of `losses`; zeros for ignored rows."""
     n, dtype = losses.shape[0], losses.dtype
-    step = min(n, max(torch.get_num_threads(), BLOCK_ELEMENTS // vocab_size))
+    step = min(n, block_rows(vocab_size, student.logits.device))
     scratch = student.logits.new_empty(7, step, vocab_size, dtype=dtype)  # fresh memory for every block would cost more
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))

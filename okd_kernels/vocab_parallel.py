@@ -24,9 +24,7 @@ from okd_kernels.memory import workspace
 from okd_kernels.ops import BY_ROW, PER_SIDE, once_differentiable, row_factors, wide
 from okd_kernels.rows import STATISTICS, Side
 from okd_kernels.tokens import DistillationLoss, Tokens
-from okd_kernels.torch_rows import BLOCK_ELEMENTS, _infinite, _transform
-
-ACCELERATOR_BLOCK_ELEMENTS = 1 << 24  # logits of one side in a pass: few launches, and 64 MiB for each temporary
+from okd_kernels.torch_rows import _infinite, _transform, block_rows
 
 
 def vocab_parallel_distillation_loss(
@@ -257,8 +255,7 @@ class _Chunk:
             self.target = column.clamp(0, self.v - 1)
 
     def _blocks(self) -> Iterator[slice]:
-        on_cpu = self.sides[0].logits.device.type == "cpu"
-        step = max(1, (BLOCK_ELEMENTS if on_cpu else ACCELERATOR_BLOCK_ELEMENTS) // self.v)
+        step = block_rows(self.v, self.sides[0].logits.device)
         return (slice(start, min(start + step, self.n)) for start in range(0, self.n, step))
 
     def normalise(self) -> Tensor:

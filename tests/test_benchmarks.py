@@ -143,6 +143,28 @@ def test_a_job_that_fails_in_its_process_says_why():
         step.subprocess_job("benchmarks.step", {"variant": "okd"})
 
 
+def test_a_candidate_that_fails_costs_no_other(monkeypatch, tmp_path, capsys):
+    """What was measured is written after each process."""
+    written = []
+
+    def job(module, job):
+        path = tmp_path / "step.json"
+        written.append(json.loads(path.read_text())["results"] if path.is_file() else [])
+        if job["variant"] == "okd":
+            raise RuntimeError("benchmarks.step exited with 1:\nout of memory")
+        steps = {name: [0.5, 0.5] for name in ("step_s", "before_s", "loss_s")}
+        return {**steps, "tokens": [18, 18], "peak_bytes": 2**20}
+
+    monkeypatch.setattr(step, "subprocess_job", job)
+    models = ("--teacher", "llama-tiny", "--student", "llama-tiny", "--eager", "--rounds", "1", "--device", "cpu")
+    step.main([*models, "--methods", "forward_kd", "okd", "reverse_kd", "--output", str(tmp_path / "step.json")])
+    assert [len(results) for results in written] == [0, 1, 1]
+    found = json.loads((tmp_path / "step.json").read_text())
+    assert [row["variant"] for row in found["results"]] == ["forward_kd", "reverse_kd"]
+    assert found["failed"] == {"okd, ours": "benchmarks.step exited with 1:\nout of memory"}
+    assert "okd, ours: FAILED: out of memory" in capsys.readouterr().out
+
+
 # --- methods ---
 
 

@@ -39,7 +39,7 @@ def test_every_finite_value_is_drawn_in_its_panel_and_nothing_else():
             "total": [(10, 3.0), (20, 2.5), (30, 2.0)],
             "student": [(10, 2.0), (20, 1.5)],
             "teacher's online module": [(10, 1.0), (30, 0.5)],
-            "student, held out": [(10, 2.9)],
+            "eval_loss, held out": [(10, 2.9)],
         },
         "KL(base teacher ‖ student)": {"training": [(20, 1.25)], "held out": [(10, 1.5)]},
         "Top-1 agreement with the teacher": {"training": [(20, 50.0), (30, 75.0)], "held out": [(10, 25.0)]},

@@ -443,6 +443,28 @@ def lora(**options):
     )
 
 
+def test_refuses_to_evaluate_sharded_models(tmp_path):
+    run = trainer(tmp_path)
+    run.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match=r"expected whole models on each process to evaluate; .*okd evaluate"):
+        run.evaluate()
+
+
+@pytest.mark.parametrize(
+    "metric, better", [(None, False), ("eval_reverse_kl", False), ("eval_perplexity", False), ("top1_agreement", True)]
+)
+def test_early_stopping_knows_which_way_is_better(tmp_path, metric, better):
+    args = trainer(tmp_path, early_stopping_patience=2, eval_strategy="steps", metric_for_best_model=metric).args
+    assert args.greater_is_better is better and args.metric_for_best_model == (metric or "loss")
+
+
+def test_only_the_process_that_should_save_writes(tmp_path, monkeypatch):
+    run = trainer(tmp_path / "run")
+    monkeypatch.setattr(OKDConfig, "should_save", False)
+    run.save_model(str(tmp_path / "other"))
+    assert not (tmp_path / "other" / "student").exists() and not (tmp_path / "other" / "teacher_adapter").exists()
+
+
 def test_refuses_sharded_state_dicts(tmp_path, monkeypatch):
     """Trainer.save_model would save nothing."""
     run = trainer(tmp_path)
