@@ -171,13 +171,12 @@ def _read_config(path: str, known: set[str]) -> tuple[list[str], dict[str, Any]]
     for name in values:
         if name not in known:
             raise ValueError(f"{path}: expected names of options; got {name!r}{_suggest(str(name), known)}")
-    words: list[str] = []
-    for name, value in values.items():
-        if isinstance(value, list):
-            words += [f"--{name}", *plain[name]]
-        elif value is not None and not isinstance(value, dict):
-            words.append(f"--{name}={plain[name]}")
-    return words, {name: value for name, value in values.items() if value is None or isinstance(value, dict)}
+    words = [f"--{k}={plain[k]}" for k, v in values.items() if v is not None and not isinstance(v, dict | list)]
+    defaults = {k: v for k, v in values.items() if v is None or isinstance(v, dict | list)}
+    for name in ("student", "student_layers", "teacher", "train_file", "eval_file", "dtype"):
+        if isinstance(defaults.get(name), dict | list):
+            raise ValueError(f"{path}: expected one value as {name}; got {defaults[name]!r}: write it as text")
+    return words, defaults
 
 
 def _suggest(name: str, known: set[str]) -> str:

@@ -301,6 +301,11 @@ def test_yaml_has_the_types_of_the_command_line(tmp_path):
     assert (args.save_strategy, args.learning_rate, args.bf16) == ("no", 1e-4, False)
     assert args.gradient_checkpointing_kwargs == {"use_reentrant": False} and args.report_to == ["tensorboard"]
     assert (config.more_teachers, config.eval_examples, config.eval_share) == (["adapters/c"], None, 0.2)
+    file.write_text("more_teachers: [adapters/c, adapters/d]\n")
+    assert parse_train(["okd", "--config", str(file)])[0].more_teachers == ["adapters/c", "adapters/d"]
+    file.write_text("student_layers: [0, 2]\n")
+    with pytest.raises(ValueError, match=r"expected one value as student_layers; got \[0, 2\]"):
+        parse_train(["okd", "--config", str(file)])
     file.write_text("online_rank: many\n")
     with pytest.raises(SystemExit):
         parse_train(["okd", "--config", str(file)])
