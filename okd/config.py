@@ -148,7 +148,7 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass
 class OKDConfig(TrainingArguments):
-    """transformers' TrainingArguments plus the method's options. Defaults of both sides follow the OKD paper.
+    """transformers' TrainingArguments plus the method's options. Defaults follow the OKD paper, where it has any.
 
     Raises:
         ValueError: an unknown method, divergence or online module, or a number out of range.
@@ -180,7 +180,7 @@ class OKDConfig(TrainingArguments):
     selection_learning_rate: float = option(1e-2, "learning rate of what selects among several teachers")
     selection_warmup: float = option(0.1, "share of the training with all teachers averaged, before a policy selects")
     early_stopping_patience: int | None = option(
-        None, "evaluations without a lower eval_loss after which training stops"
+        None, "evaluations without a better metric_for_best_model, by default eval_loss, after which training stops"
     )
     vocab_size: int | None = option(None, "columns shared by both heads where they are padded differently")
     max_length: int = option(512, "tokens of an example; longer ones are cut on the right, and counted")
