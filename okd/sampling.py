@@ -44,6 +44,7 @@ class Sampler:
         state: what the policy remembers, JSON: it is saved with each checkpoint.
         coin: uniform on [0, 1) for each batch, the same on all processes: those that wait for one another at the
             backward pass all generate, or none.
+        since: when the interval began that the next log entry is about; later by what an evaluation took.
         generator: of what is drawn for the batch at hand, on the CPU whatever the models' device; one for each process.
     """
 
@@ -54,7 +55,7 @@ class Sampler:
         self.state: dict[str, Any] = {}
         self.coin, self.generator = 0.0, torch.Generator()
         self._sums: dict[str, float] = {}
-        self.start_clock()
+        self.since = time.perf_counter()
         if self.policy is replay:
             self.state = {"phi": 0.0, "previous": None, "buffer": []}
             if args.eval_strategy == "no":
@@ -136,10 +137,6 @@ class Sampler:
         heads = [LinearHead.from_model(m) for m in (self.pair.student, self.pair.teacher) if m is not None]
         return min([len(head.weight) for head in heads] + [self.args.vocab_size or len(heads[0].weight)])
 
-    def start_clock(self) -> None:
-        """The time from here on is what `generating_share` is a share of."""
-        self._since = time.perf_counter()
-
     def note(self, **values: float) -> None:
         """Add to the sums behind the next log entry."""
         for name, value in values.items():
@@ -153,7 +150,7 @@ class Sampler:
         """
         sums = self._sums
         seconds = sums.pop("generating_seconds", 0.0)
-        logs = {"generating_share": seconds / (time.perf_counter() - self._since)}
+        logs = {"generating_share": seconds / (time.perf_counter() - self.since)}
         if seconds:
             logs["generated_tokens_per_second"] = sums.pop("generated_tokens", 0.0) / seconds
             logs["student_written_share"] = sums.pop("student_written_rows") / sums.pop("rows")
@@ -161,8 +158,7 @@ class Sampler:
             logs["acceptance_rate"] = sums.pop("accepted") / sums.pop("judged")
         if "phi" in self.state:
             logs |= {"phi": self.state["phi"], "replay_rows": len(self.state["buffer"])}
-        self._sums = {}
-        self.start_clock()
+        self._sums, self.since = {}, time.perf_counter()
         return logs | sums
 
     def on_evaluate(self, loss: float) -> None:

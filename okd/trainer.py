@@ -136,8 +136,7 @@ class OKDTrainer(Trainer):
                     f"expected FSDP with state_dict_type FULL_STATE_DICT, from which the student is saved; got {kind}: "
                     "set it in fsdp_config, or as fsdp_state_dict_type in accelerate's configuration"
                 )
-        self._logged_at = time.perf_counter()
-        self.sampler.start_clock()
+        self._logged_at = self.sampler.since = time.perf_counter()
         return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -249,6 +248,7 @@ class OKDTrainer(Trainer):
                 "expected whole models on each process to evaluate; got sharded ones: pass eval_strategy='no', and "
                 "give the saved student to okd evaluate"
             )
+        started = time.perf_counter()
         rows: Any = self.eval_dataset if eval_dataset is None else _rows(eval_dataset, self.tokenizer, self.args)
         if rows is None:
             raise ValueError("expected an eval_dataset; got None: pass one to OKDTrainer or to evaluate")
@@ -271,6 +271,9 @@ class OKDTrainer(Trainer):
             self.sampler.on_evaluate(loss)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        seconds = time.perf_counter() - started  # no part of the training's tokens per second
+        self._logged_at += seconds
+        self.sampler.since += seconds
         return metrics
 
     def held_out_means(self, rows: list[dict[str, Any]], loss: Loss | None = None) -> dict[str, float]:

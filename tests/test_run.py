@@ -116,6 +116,14 @@ def test_the_written_config_repeats_the_run(folder, tmp_path):
     assert metrics(tmp_path / "b")["after"] == metrics(tmp_path / "a")["after"]
 
 
+def on_two_processes(arguments):
+    """What the first prints; the others print nothing."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "okd.cli"]
+    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Student, metrics and curves are in") == done.stdout.count("held-out:") == 1
+
+
 def test_two_processes_are_one_run(folder, tmp_path):
     """Under torchrun: the first process writes, once, and half the batch on each is the whole batch on one."""
     together, alone = tmp_path / "together", tmp_path / "alone"
@@ -123,17 +131,28 @@ def test_two_processes_are_one_run(folder, tmp_path):
     few.write_text("\n".join(json.dumps(e) for e in tiny.examples(8)))
     options = ("--max-steps", "3", "--save-strategy", "steps", "--save-steps", "2", "--train-file", str(few))
     arguments = arguments_of_train(folder, together, *options, "--per-device-train-batch-size", "4", "--overwrite")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "okd.cli"]
     for _ in range(2):  # the second time there is a run to remove
-        done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("Student, metrics and curves are in") == done.stdout.count("held-out:") == 1
+        on_two_processes(arguments)
     assert train(folder, alone, *options, "--per-device-train-batch-size", "8") == 0
     assert sorted(p.name for p in together.iterdir()) == sorted(p.name for p in alone.iterdir())
     found, expected = metrics(together), metrics(alone)
     assert found["before"] == expected["before"]
     assert found["after"]["forward_kl"] == pytest.approx(expected["after"]["forward_kl"], rel=1e-4)
     assert (together / "checkpoint-2" / "teacher_adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_two_processes_that_sample_resume(folder, tmp_path):
+    """Each from its own random state, to the student of a run that was not stopped."""
+    options = ("--max-steps", "3", "--save-strategy", "steps", "--save-steps", "2", "--student-share", "1.0")
+    arguments = arguments_of_train(folder, tmp_path / "run", *options, "--max-new-tokens", "4", method="gkd")
+    on_two_processes(arguments)
+    expected = metrics(tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint-2" / "sampler_1.json").is_file()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3", ignore_errors=True)
+    (tmp_path / "run" / "metrics.json").unlink()
+    on_two_processes([*arguments, "--resume"])
+    found = metrics(tmp_path / "run")
+    assert found["before"] == expected["before"] and found["after"] == expected["after"] != found["before"]
 
 
 def test_resume_after_an_interruption_gives_the_same_student(folder, tmp_path, monkeypatch):

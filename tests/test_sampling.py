@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+import okd.trainer as trainer_module
 from okd import OKDConfig, OKDTrainer, decoding, sampling
 from okd.cli import main
 from okd.data import Collator, encode
@@ -120,6 +121,26 @@ def test_writing_is_under_autocast_with_logits_in_fp32(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding.Draw, "__call__", drawn)
     run.train()
     assert seen == {True} and dtypes == {(torch.float32, False)}
+
+
+def test_the_share_of_generating_leaves_evaluations_out(tmp_path, monkeypatch):
+    run = trainer(tmp_path, student_share=1.0)
+    now = [100.0]
+    for module in (sampling, trainer_module):
+        monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    run._logged_at = run.sampler.since = 100.0
+    run.sampler.note(generating_seconds=1.0, rows=1, student_written_rows=1, generated_tokens=5)
+    metrics = trainer_module.divergence_metrics
+
+    def slow(*args, **options):
+        now[0] += 50.0
+        return metrics(*args, **options)
+
+    monkeypatch.setattr(trainer_module, "divergence_metrics", slow)
+    now[0] += 4.0
+    run.evaluate()
+    assert run.sampler.logs()["generating_share"] == pytest.approx(0.25)
+    assert run._logged_at == 150.0
 
 
 def test_a_policy_that_remembers_nothing_needs_no_file_to_resume(tmp_path):
