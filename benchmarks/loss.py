@@ -317,8 +317,10 @@ def plot(results: list[dict[str, Any]], axis: str, path: Path) -> None:
 
 
 def cpu_name() -> str:
-    from cpuinfo import get_cpu_info  # comes with pytest-benchmark
-
+    try:
+        from cpuinfo import get_cpu_info  # comes with pytest-benchmark
+    except ImportError:
+        return platform.processor() or platform.machine()
     return get_cpu_info()["brand_raw"]
 
 
