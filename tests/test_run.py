@@ -392,12 +392,14 @@ def test_output_directory_of_another_run(folder, tmp_path, capsys):
     output = tmp_path / "run"
     assert train(folder, output, "--max-steps", "1") == 0
     (output / "notes.txt").write_text("mine")
+    (output / "checkpoint-9").mkdir()
     before = metrics(output)
     capsys.readouterr()
     fails(capsys, train(folder, output), "holds another run", "--overwrite")
     assert metrics(output) == before
     assert train(folder, output, "--max-steps", "2", "--overwrite") == 0
     assert metrics(output)["steps"] == 2
+    assert not (output / "checkpoint-9").exists(), "else a later --resume would go on from it"
     assert (output / "notes.txt").read_text() == "mine", "only the run's own files are removed"
 
 
