@@ -216,9 +216,10 @@ class OKDConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.early_stopping_patience is not None:
             self.metric_for_best_model = self.metric_for_best_model or "loss"
-            if self.greater_is_better is None:  # of OKDTrainer.evaluate's metrics, that of agreement alone
-                self.greater_is_better = "agreement" in self.metric_for_best_model
             self.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            # transformers takes greater for better in all but losses; here that is agreement alone
+            self.greater_is_better = "agreement" in self.metric_for_best_model
         super().__post_init__()
         if self.n_gpu > 1:  # DataParallel would cut `positions`, which count rows of the whole batch, into pieces
             logger.warning(f"expected one process for each of {self.n_gpu} GPUs; using one GPU: start with torchrun")

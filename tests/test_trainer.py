@@ -458,6 +458,11 @@ def test_early_stopping_knows_which_way_is_better(tmp_path, metric, better):
     assert args.greater_is_better is better and args.metric_for_best_model == (metric or "loss")
 
 
+def test_the_best_model_is_the_one_of_least_divergence(tmp_path):
+    """Without early stopping, too."""
+    assert OKDConfig(output_dir=str(tmp_path), metric_for_best_model="eval_reverse_kl").greater_is_better is False
+
+
 def test_only_the_process_that_should_save_writes(tmp_path, monkeypatch):
     run = trainer(tmp_path / "run")
     monkeypatch.setattr(OKDConfig, "should_save", False)
