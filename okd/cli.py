@@ -268,8 +268,8 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
     tokenizer, model = load_tokenizer(options.model), load_model(options.model).to(_device())
     limit = position_limit(model) or sys.maxsize
     encoded = encode(examples, tokenizer, max_length=limit, chat_template=_chat_template(options))
-    lengths = {row["id"]: len(prompt_and_reference(row)[0]) for row in encoded.rows}
-    unanswerable = [i for ids in encoded.skipped.values() for i in ids] + [i for i, n in lengths.items() if n < 2]
+    unanswerable = [name for names in encoded.skipped.values() for name in names]
+    unanswerable += [row["id"] for row in encoded.rows if len(prompt_and_reference(row)[0]) < 2]
     if unanswerable:
         raise ValueError(
             f"expected prompts of at least two tokens, and fewer than the model's {limit} positions; got "
