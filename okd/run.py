@@ -22,7 +22,6 @@ import torch
 import transformers
 import yaml
 from peft import PeftModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 import okd_kernels
 from okd.config import OKDConfig, option
@@ -118,7 +117,7 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
         eval_dataset=measured,
         processing_class=tokenizer,
     )
-    if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+    if trainer.is_sharded:
         raise ValueError(
             "expected whole models on each process, as this command evaluates before and after; got sharded ones: call "
             "OKDTrainer from a script, and okd evaluate afterwards"

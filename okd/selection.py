@@ -55,7 +55,7 @@ class Selection(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(widths)))
 
     def scores(self, states: Sequence[Tensor]) -> Tensor:
-        return torch.stack([(s * w).sum(1) for s, w in zip(states, self.weights, strict=True)], 1) + self.bias
+        return torch.stack([s @ w for s, w in zip(states, self.weights, strict=True)], 1) + self.bias
 
 
 class Gate(Selection):

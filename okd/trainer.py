@@ -121,10 +121,15 @@ class OKDTrainer(Trainer):
         self._logged_at = time.perf_counter()
         logger.warning(describe_parameters(student, teacher))
 
+    @property
+    def is_sharded(self) -> bool:
+        """Each process holds a part of the models."""
+        return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+
     # --- the step ---
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if self.args.preset.sequences != "dataset" and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+        if self.args.preset.sequences != "dataset" and self.is_sharded:
             raise ValueError(
                 f"expected whole models on each process with method {self.args.method}, which samples responses of "
                 "unequal lengths; got sharded ones, which would wait for one another for ever: use DDP"
@@ -243,7 +248,7 @@ class OKDTrainer(Trainer):
         `eval_loss` is KL(p || q), whatever divergence trains, so that methods compare; without a teacher the NLL, with
         several ones the method's distillation loss. Raises ValueError without rows, or under FSDP or ZeRO-3.
         """
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+        if self.is_sharded:
             raise ValueError(
                 "expected whole models on each process to evaluate; got sharded ones: pass eval_strategy='no', and "
                 "give the saved student to okd evaluate"
