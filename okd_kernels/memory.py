@@ -1,17 +1,24 @@
-"""The chunk buffers of the CPU, kept from call to call.
+"""Memory of the CPU, kept from call to call.
 
 A fresh 200 MB costs 50 thousand page faults, as much time as all row mathematics of a step. On a GPU the caching
-allocator keeps freed memory anyway; here each thread keeps one buffer, as large as the largest call has needed, which
-`workspace_bytes` bounds.
+allocator keeps freed memory anyway. Here each thread keeps one buffer for chunks, as large as the largest call has
+needed, which `workspace_bytes` bounds; and the memory of large gradients, which the next ones of their size take over
+once nobody holds them any more: training needs them again in the next step.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 import threading
 
 import torch
 from torch import Tensor
+
+KEPT_FROM = 16 << 20  # bytes; smaller memory malloc keeps by itself
+PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
+UNUSED = 3  # references to memory that no tensor holds: the list's, the loop's and getrefcount's own
 
 _kept = threading.local()
 
@@ -32,6 +39,28 @@ def workspace(*shapes: tuple[int, ...], like: Tensor) -> list[Tensor]:
     return [x[: math.prod(shape)].view(shape) for x, shape in zip(flat.split(sizes), shapes, strict=True)]
 
 
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised and contiguous, of x's shape and device; for gradients. The tensor owns its memory as any does."""
+    dtype = dtype or x.dtype
+    n_bytes = x.numel() * dtype.itemsize
+    if x.device.type != "cpu" or n_bytes < KEPT_FROM or type(x) not in (Tensor, torch.nn.Parameter):  # FakeTensor
+        return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    for memory in _kept.__dict__.setdefault("gradients", []):
+        if len(memory) == n_bytes and sys.getrefcount(memory) == UNUSED:
+            break
+    else:
+        _release_unused()
+        memory = mmap.mmap(-1, n_bytes, **PRIVATE)
+        _kept.gradients.append(memory)
+    with torch.inference_mode(False):
+        return torch.frombuffer(memory, dtype=dtype).view(x.shape)
+
+
+def _release_unused() -> None:
+    _kept.gradients = [memory for memory in _kept.gradients if sys.getrefcount(memory) > UNUSED]
+
+
 def release() -> None:
-    """Give this thread's buffer back."""
+    """Give this thread's memory back, but for gradients that somebody holds."""
     _kept.buffer = None
+    _kept.gradients = []

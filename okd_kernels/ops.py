@@ -15,6 +15,7 @@ from torch import Tensor
 
 from okd_kernels.chunks import Model, row_backend, run_chunks
 from okd_kernels.divergences import DIVERGENCES, Objective
+from okd_kernels.memory import empty_like
 from okd_kernels.rows import STATISTICS, Side
 
 FP16_GAIN = 256.0  # lifts fp16 logit gradients out of the subnormal range; divided out in fp32
@@ -69,7 +70,7 @@ def _empty_gradient(operand: Tensor | None, like: Tensor, need: bool) -> Tensor:
     """An output for the operand's gradient; without elements where none is wanted (operators cannot return None)."""
     if operand is None or not need:
         return like.new_empty(0)
-    return torch.empty_like(operand, memory_format=torch.contiguous_format)
+    return empty_like(operand)
 
 
 def row_factors(weights: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -174,7 +175,7 @@ def _sum_buffer(operand: Tensor | None, output: Tensor, by_row: bool, compacted:
     dtype = operand.dtype if by_row else wide(operand.dtype)
     if output.dtype == dtype and not (by_row and compacted):
         return output
-    return torch.empty_like(operand, dtype=dtype, memory_format=torch.contiguous_format)
+    return empty_like(operand, dtype)
 
 
 def _finish(outputs: list[Tensor], model: Model, kept: Tensor | None, vocab_size: int) -> None:
@@ -288,16 +289,17 @@ def logit_distillation(
     ]
     written = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     if len(losses):
-        row_backend(backend)(
-            Side(student_logits, _unpack(student, student_numbers), written[0]),
-            Side(teacher_logits, _unpack(teacher, teacher_numbers), written[1]),
-            labels,
-            torch.ones_like(losses),
-            losses,
-            statistics,
-            vocab_size=vocab_size,
-            temperature=temperature,
-        )
+        with torch.autocast(losses.device.type, enabled=False):
+            row_backend(backend)(
+                Side(student_logits, _unpack(student, student_numbers), written[0]),
+                Side(teacher_logits, _unpack(teacher, teacher_numbers), written[1]),
+                labels,
+                torch.ones_like(losses),
+                losses,
+                statistics,
+                vocab_size=vocab_size,
+                temperature=temperature,
+            )
     for gradient in written:
         if gradient is not None:
             gradient[:, vocab_size:] = 0  # padding; no backend writes it

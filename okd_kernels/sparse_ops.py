@@ -30,7 +30,7 @@ from okd_kernels.ops import (
     wide,
 )
 from okd_kernels.rows import FLOOR, INFINITE, Side
-from okd_kernels.torch_rows import _infinite, _transform, _write_gradient, block_rows
+from okd_kernels.torch_rows import _finish_gradient, _infinite, _transform, block_rows
 
 SPARSE_STATISTICS = ("forward_kl", "student_nll", "target_mass", "student_mass")
 ROUNDING = 8  # eps; a target's tail below this share of 1 - max p is rounding of the K log-probabilities
@@ -171,7 +171,10 @@ def _sparse_rows(
         q_row = e.mul_(unit).scatter_(1, ids, torch.where(is_target, q, at_ids * unit))
         if ignored is not None:
             row_scale = row_scale.masked_fill(ignored, 0)
-        _write_gradient(side, gradient, rows, row_scale, logits, q_row, target, temperature)
+        row_scale = row_scale * side.logit_scale
+        gradient.mul_(row_scale * (objective.weight * temperature))
+        scale, one = row_scale * objective.ce_weight, torch.ones_like(row_scale)
+        _finish_gradient(side, gradient, rows, scale, logits, q_row, one, target, temperature)
     if ignored is not None:
         losses[rows] = losses[rows].masked_fill(ignored.squeeze(1), 0)
         statistics[rows] = statistics[rows].masked_fill(ignored, 0)

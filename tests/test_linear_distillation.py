@@ -20,7 +20,9 @@ from okd_kernels import (
     Objective,
     distillation_loss,
     linear_distillation_loss,
+    memory,
     ops,
+    torch_rows,
 )
 from okd_kernels.chunks import row_stride
 
@@ -142,6 +144,15 @@ def test_close_models_in_every_dtype(name, spread, dtype, backend):
 def test_vocabulary_sizes(dtype, name, v, backend):
     problem = Problem(v=v, dtype=dtype)
     assert_as_good_as_the_reference(problem, backend, student=name, teacher=name, workspace_bytes=1 << 20)
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_blocks_of_rows_one_after_the_other(name, teacher, monkeypatch):
+    """They share buffers, which are wider than the vocabulary, and which the last one does not fill."""
+    monkeypatch.setattr(torch_rows, "block_rows", lambda *_: 3)
+    problem, options = Problem(v=1500), {"student": name, "teacher": name if teacher else None}
+    assert_as_good_as_the_reference(problem, "torch", workspace_bytes=1 << 20, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -703,7 +714,7 @@ def test_upstream_scalars_of_each_side(backend):
 
 def recorded(requires, n=8, **options):
     """What a call really ran and allocated, by torch's profiler: result shapes of GEMMs, largest tensor."""
-    problem = Problem(v=512, n=n, ignored=())
+    problem = Problem(v=1024, n=n, ignored=())
     problem.bias = False
     profile = torch.profiler.profile(record_shapes=True, profile_memory=True)
     problem.run("torch", requires=requires, watch=profile, **{"workspace_bytes": 1 << 30, **options})
@@ -716,7 +727,7 @@ def recorded(requires, n=8, **options):
     return gemms, max(event.self_cpu_memory_usage for event in profile.events())
 
 
-LOGITS, DX_S, DW_S, DX_T, DW_T = (8, 512), (8, D_S), (512, D_S), (8, D_T), (512, D_T)
+LOGITS, DX_S, DW_S, DX_T, DW_T = (8, 1024), (8, D_S), (1024, D_S), (8, D_T), (1024, D_T)
 
 
 @pytest.mark.parametrize(
@@ -742,17 +753,36 @@ def test_no_grad_does_no_gradient_work():
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the profiler's figures are of the CPU's memory")
 def test_frozen_head_allocates_no_dw():
-    """In chunks of one row, a dW of 512 x 16 floats is by far the largest tensor."""
+    """In chunks of one row, a dW of 1024 x 16 floats is by far the largest tensor."""
     frozen, trained = (recorded((k,), workspace_bytes=1)[1] for k in ("student_hidden", "student_weight"))
-    assert frozen < 512 * D_S * 4 == trained
+    assert frozen < 1024 * D_S * 4 == trained
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="elsewhere the allocator keeps memory")
+def test_memory_of_gradients_serves_again_once_nobody_holds_them(monkeypatch):
+    monkeypatch.setattr(memory, "KEPT_FROM", 1)
+    memory.release()
+    problems = [Problem(seed=seed) for seed in (0, 1)]
+    expected = [problem.run("reference")[1] for problem in problems]
+    held = problems[0].run("torch")[1]
+    others = problems[1].run("torch")[1]
+    for gradients, truth in ((held, expected[0]), (others, expected[1])):
+        assert all(relative_error(gradients[k], truth[k].double()) < 1e-5 for k in GRADIENTS[:3])
+    a_view, addresses = held["student_weight"][1:], {x.data_ptr() for x in others.values() if x is not None}
+    mine, values = held["student_weight"].data_ptr(), a_view.clone()
+    del held, others, gradients
+    again = problems[1].run("torch")[1]
+    assert again["student_weight"].data_ptr() in addresses - {mine} and torch.equal(a_view, values)
+    memory.release()
+    assert all(relative_error(again[k], expected[1][k].double()) < 1e-5 for k in GRADIENTS[:3])
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the profiler's figures are of the CPU's memory")
 def test_whole_logits_never_exist():
-    """Chunks of 4 rows: no tensor is larger than the seven such blocks that row mathematics works in, whatever N is."""
+    """Chunks of 4 rows: no tensor is larger than the eight such blocks that row mathematics works in, whatever N is."""
     hidden = ("student_hidden", "teacher_hidden")
     for n in (64, 128):
-        assert recorded(hidden, n=n, teacher="jsd", workspace_bytes=4 * 2 * 512 * 4)[1] == 7 * 4 * 512 * 4
+        assert recorded(hidden, n=n, teacher="jsd", workspace_bytes=4 * 2 * 1024 * 4)[1] == 8 * 4 * 1024 * 4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -843,6 +873,22 @@ def test_distillation_loss_from_logits(dtype, backend):
     for x, expected in zip((z, u), wide, strict=True):
         assert x.grad.dtype == dtype
         assert relative_error(x.grad, expected.grad) < (1e-6 if dtype == torch.float32 else BF16)
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_row_mathematics_is_fp32_whatever_matrix_products_are(precision):
+    """Inner products of rows are no business of autocast's, nor of `set_float32_matmul_precision`."""
+    z, u = torch.randn(2, 5, 2001, device=DEVICE) * 2
+    expected = distillation_loss(z, u, student="jsd", backend="torch", reduction="none")
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            found = distillation_loss(z, u, student="jsd", backend="torch", reduction="none")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(found.student, expected.student, rtol=1e-6, atol=0)
+    for name, value in expected.metrics.items():
+        torch.testing.assert_close(found.metrics[name], value, rtol=1e-6, atol=1e-6)
 
 
 def test_module_form_holds_options_and_takes_others():
