@@ -24,13 +24,14 @@ import yaml
 from peft import PeftModel
 
 import okd_kernels
+from okd.checkpoints import ADAPTER
 from okd.config import OKDConfig, option
 from okd.data import encode, read_jsonl, split_by_hash
 from okd.evaluate import evaluate
 from okd.models import check_tokenizers, keep_layers, load_model, load_tokenizer, parse_layers
 from okd.report import format_samples, format_table, plot_curves
 from okd.teachers import check_number_of_teachers, is_adapter, load_ensemble
-from okd.trainer import ADAPTER, OKDTrainer
+from okd.trainer import OKDTrainer
 
 RUN_FILES = {
     "student",

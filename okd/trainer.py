@@ -1,4 +1,4 @@
-"""The step: one backward and one optimizer serve student and teacher; logs, checkpoints and errors around it."""
+"""The step: one backward and one optimizer serve student and teacher; logs and errors around it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
+from okd.checkpoints import STUDENT, load, save
 from okd.config import OKDConfig
 from okd.data import Collator, Encoded, encode
 from okd.evaluate import divergence_metrics
@@ -29,9 +29,6 @@ from okd_kernels import DistillationLoss
 UNLOGGED = {"reverse_kl", "student_entropy", "teacher_entropy", "student_nll", "teacher_nll"}  # of a loss's metrics
 BATCH = ("input_ids", "attention_mask", "positions", "targets", "student_written")  # what the pair's forward takes
 logger = logging.get_logger(__name__)
-STUDENT, ADAPTER = "student", "teacher_adapter"  # directories of a saved run or checkpoint
-SELECTION = "selection.safetensors"
-ENCODER = "prompt_encoder.safetensors"  # beside the adapter, whose prompt is the encoder's output
 
 
 class _Progress(ProgressCallback):
@@ -295,30 +292,14 @@ class OKDTrainer(Trainer):
         return {name: value / max(tokens, 1) for name, value in sums.items()}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """`student/` and `teacher_adapter/`: neither the base teacher nor pickles."""
         if not self.args.should_save:  # Trainer leaves it to this method that one process writes
             return
         directory = Path(str(output_dir or self.args.output_dir))
-        parts = {STUDENT: self.pair.student}
-        if self.args.online:
-            parts[ADAPTER] = self.pair.teacher
-        for name, model in parts.items():
-            own = None if state_dict is None else _part(state_dict, "student." if name == STUDENT else "teacher.")
-            model.save_pretrained(directory / name, state_dict=own)
-            if name == ADAPTER and _has_encoder(model.active_peft_config):
-                save_file(_trainable(model, own), directory / name / ENCODER)
-        if self.pair.selection is not None:
-            own = _part(state_dict, "selection.") if state_dict is not None else self.pair.selection.state_dict()
-            save_file(own, directory / SELECTION)
+        save(self.pair, directory, state_dict)
         self.tokenizer.save_pretrained(directory / STUDENT)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        directory = Path(resume_from_checkpoint)
-        _load_weights(self.pair.student, directory / STUDENT)
-        if self.args.online:
-            _load_weights(self.pair.teacher, directory / ADAPTER)
-        if self.pair.selection is not None:
-            self.pair.selection.load_state_dict(load_file(directory / SELECTION))
+        load(self.pair, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Beside what continues a run, and not merely its weights: the sampler's state."""
@@ -337,23 +318,6 @@ class OKDTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-
-def _part(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """One of the pair's models, out of a state dict that FSDP or ZeRO gathered, with the pair's prefixes."""
-    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-
-
-def _has_encoder(config: Any) -> bool:
-    """Whether a network makes the prompt or prefix: PEFT saves what it makes, not itself."""
-    return config.peft_type == "P_TUNING" or getattr(config, "prefix_projection", False)
-
-
-def _trainable(model: Any, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """What trains in the model, by name; out of its state dict if that was gathered."""
-    return {
-        n: p.detach() if state_dict is None else state_dict[n] for n, p in model.named_parameters() if p.requires_grad
-    }
 
 
 def _rows(data: Any, tokenizer: Any, args: OKDConfig) -> list[dict[str, Any]] | None:
@@ -375,32 +339,3 @@ def _warn_of_long_rows(models: Sequence[Any], rows: Sequence[dict[str, Any]]) ->
             f"expected rows of at most {limit} tokens, as both models have positions; got one of {longest}: "
             f"pass max_length={limit}, unless the models extrapolate"
         )
-
-
-def _load_weights(model: Any, directory: Path) -> None:
-    """Weights that `save_pretrained` wrote, into a live model or adapter. Raises FileNotFoundError."""
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: expected a checkpoint of this run; got no such directory")
-    if hasattr(model, "peft_config"):
-        from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-
-        name, file = model.active_adapter, directory / ENCODER
-        encoder = file.is_file()
-        directory = directory if name == "default" else directory / name
-        weights = load_file(file) if encoder else load_peft_weights(str(directory))
-        expected = _trainable(model) if encoder else get_peft_model_state_dict(model, adapter_name=name)
-        differing = sorted(weights.keys() ^ expected.keys())
-        if differing:
-            raise ValueError(
-                f"{directory}: expected the adapter that trains here; {len(differing)} weights are in one of the two "
-                f"only, such as {differing[0]}: pass PeftModel.from_pretrained(teacher, directory, "
-                "is_trainable=True) as the teacher"
-            )
-        if encoder:
-            model.load_state_dict(weights, strict=False)
-        else:
-            set_peft_model_state_dict(model, weights, adapter_name=name)
-    else:
-        from okd.models import load_model
-
-        model.load_state_dict(load_model(str(directory), dtype=model.dtype).state_dict())

@@ -2,23 +2,22 @@
 
 A fresh 200 MB costs 50 thousand page faults, as much time as all row mathematics of a step. On a GPU the caching
 allocator keeps freed memory anyway. Here each thread keeps one buffer for chunks, as large as the largest call has
-needed, which `workspace_bytes` bounds; and the memory of large gradients, which the next ones of their size take over
-once nobody holds them any more: training needs them again in the next step.
+needed, which `workspace_bytes` bounds; and the memory of large weights' gradients, which the next ones of their size
+take over once nobody holds them: training needs them again in the next step. `release` gives all of it back.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-import sys
 import threading
+import weakref
 
 import torch
 from torch import Tensor
 
 KEPT_FROM = 16 << 20  # bytes; smaller memory malloc keeps by itself
 PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
-UNUSED = 3  # references to memory that no tensor holds: the list's, the loop's and getrefcount's own
 
 _kept = threading.local()
 
@@ -40,24 +39,21 @@ def workspace(*shapes: tuple[int, ...], like: Tensor) -> list[Tensor]:
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised and contiguous, of x's shape and device; for gradients. The tensor owns its memory as any does."""
+    """Uninitialised and contiguous, of x's shape and device: for the gradient of a weight. Its storage cannot grow."""
     dtype = dtype or x.dtype
     n_bytes = x.numel() * dtype.itemsize
     if x.device.type != "cpu" or n_bytes < KEPT_FROM or type(x) not in (Tensor, torch.nn.Parameter):  # FakeTensor
         return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    for memory in _kept.__dict__.setdefault("gradients", []):
-        if len(memory) == n_bytes and sys.getrefcount(memory) == UNUSED:
-            break
-    else:
-        _release_unused()
+    kept = _kept.__dict__.setdefault("gradients", [])  # memory, and a reference to the lease that its tensor holds
+    memory = next((memory for memory, lease in kept if lease() is None and len(memory) == n_bytes), None)
+    if memory is None:  # nor is what else is unused of any use
+        kept[:] = [(other, lease) for other, lease in kept if lease() is not None]
         memory = mmap.mmap(-1, n_bytes, **PRIVATE)
-        _kept.gradients.append(memory)
+    kept[:] = [(other, lease) for other, lease in kept if other is not memory]
+    lease = memoryview(memory)
+    kept.append((memory, weakref.ref(lease)))
     with torch.inference_mode(False):
-        return torch.frombuffer(memory, dtype=dtype).view(x.shape)
-
-
-def _release_unused() -> None:
-    _kept.gradients = [memory for memory in _kept.gradients if sys.getrefcount(memory) > UNUSED]
+        return torch.frombuffer(lease, dtype=dtype).view(x.shape)
 
 
 def release() -> None:

@@ -66,11 +66,17 @@ def counted_rows(labels: Tensor | None) -> Tensor | None:
     return (labels >= 0).nonzero().squeeze(1)
 
 
-def _empty_gradient(operand: Tensor | None, like: Tensor, need: bool) -> Tensor:
+def _empty_gradient(operand: Tensor | None, like: Tensor, need: bool, by_row: bool = True) -> Tensor:
     """An output for the operand's gradient; without elements where none is wanted (operators cannot return None)."""
     if operand is None or not need:
         return like.new_empty(0)
-    return empty_like(operand)
+    return torch.empty_like(operand, memory_format=torch.contiguous_format) if by_row else empty_like(operand)
+
+
+def empty_gradients(operands: Sequence[Tensor | None], like: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    """The operands', which are in the order of a side's."""
+    wanted = enumerate(zip(operands, needs, strict=True))
+    return [_empty_gradient(x, like, need, by_row=i % PER_SIDE in BY_ROW) for i, (x, need) in wanted]
 
 
 def row_factors(weights: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -122,7 +128,7 @@ def linear_distillation(
     )
     losses, statistics = _row_outputs(student_hidden, teacher_hidden)
     makes_gradients = [need and not per_token for need in needs]
-    gradients = [_empty_gradient(x, losses, need) for x, need in zip(operands, makes_gradients, strict=True)]
+    gradients = empty_gradients(operands, losses, makes_gradients)
 
     kept = counted_rows(labels)
 
@@ -175,6 +181,8 @@ def _sum_buffer(operand: Tensor | None, output: Tensor, by_row: bool, compacted:
     dtype = operand.dtype if by_row else wide(operand.dtype)
     if output.dtype == dtype and not (by_row and compacted):
         return output
+    if by_row:
+        return torch.empty_like(operand, dtype=dtype, memory_format=torch.contiguous_format)
     return empty_like(operand, dtype)
 
 
@@ -197,8 +205,7 @@ def _finish(outputs: list[Tensor], model: Model, kept: Tensor | None, vocab_size
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     operands, per_token, needs = arguments[:N_OPERANDS], arguments[N_OPERANDS + 3], arguments[-1]
     losses, statistics = _row_outputs(operands[0], operands[PER_SIDE])
-    wanted = [need and not per_token for need in needs]
-    gradients = [_empty_gradient(x, losses, need) for x, need in zip(operands, wanted, strict=True)]
+    gradients = empty_gradients(operands, losses, [need and not per_token for need in needs])
     return losses.new_empty(2), losses, statistics, *gradients
 
 

@@ -19,10 +19,10 @@ from okd_kernels.memory import workspace
 from okd_kernels.ops import (
     BY_ROW,
     PER_SIDE,
-    _empty_gradient,
     _finish,
     _sum_buffer,
     counted_rows,
+    empty_gradients,
     normalise,
     once_differentiable,
     row_factors,
@@ -332,7 +332,7 @@ def _outputs(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
     """Total, losses and statistics, zeroed, and the gradients; from the first five arguments, per_token, needs."""
     *operands, per_token, needs = (hidden, *others)
     losses = hidden.new_zeros(hidden.shape[0], dtype=wide(hidden.dtype))
-    gradients = [_empty_gradient(x, losses, need and not per_token) for x, need in zip(operands, needs, strict=True)]
+    gradients = empty_gradients(operands, losses, [need and not per_token for need in needs])
     return losses.new_zeros(()), losses, losses.new_zeros(len(losses), len(SPARSE_STATISTICS)), *gradients
 
 

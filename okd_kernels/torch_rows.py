@@ -9,6 +9,8 @@ can, and the inner products of a block are one batched matrix product.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +19,8 @@ from okd_kernels.divergences import DIVERGENCES, TINY, Objective
 from okd_kernels.rows import FLOOR, INFINITE, Side
 
 BLOCK_ELEMENTS = 600_000  # logits of one side that are worked on together: 2.4 MB in fp32
-ACCELERATOR_BLOCK_ELEMENTS = 1 << 24  # elsewhere than on a CPU: few launches, and 64 MiB for each temporary
-MEMORY = 8  # buffers of a block
+ACCELERATOR_BLOCK_ELEMENTS = 1 << 24  # elsewhere than on a CPU: few launches, and 64 MiB for each buffer
+BUFFERS = 8  # of a block
 PIECE = 1024  # columns that are summed in the logits' dtype; sums of pieces are added in fp64
 
 
@@ -44,7 +46,7 @@ def _logits(side: Side, rows: slice, v: int, dtype: torch.dtype, ignored: Tensor
 
 
 def _transform(side: Side, rows: slice, v: int, dtype: torch.dtype, ignored: Tensor | None) -> Tensor:
-    """The same, and never -inf."""
+    """The same, and never -inf; for other losses than these."""
     x = _logits(side, rows, v, dtype, ignored)
     # Reading the minimum is cheaper than clamping; on an accelerator it would synchronise.
     if x.device.type != "cpu" or not x.amin() >= FLOOR:  # a NaN in one row must not leave -inf in another
@@ -57,49 +59,35 @@ def _infinite(value: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor, exact: torch.dtype) -> Tensor:
-    """Sums (...) of (..., W), right to 1e-8 of the terms' sizes."""
-    return x.unflatten(-1, (-1, PIECE)).sum(-1).sum(-1, dtype=exact)
-
-
-def _dots(a: Tensor, b: Tensor, exact: torch.dtype) -> Tensor:
-    """Inner products (n, i, j) of each row of a, (i, n, W), with each of b, (j, n, W)."""
-    if a.device.type != "cpu" or torch.get_float32_matmul_precision() != "highest":  # TF32 or bf16 might do it
-        return _sum(a.transpose(0, 1).unsqueeze(2) * b.transpose(0, 1).unsqueeze(1), exact)
-    (i, n, w), j = a.shape, len(b)
-    a, b = a.view(i, n * w // PIECE, PIECE), b.view(j, n * w // PIECE, PIECE)
-    return torch.bmm(a.transpose(0, 1), b.permute(1, 2, 0)).view(n, -1, i, j).sum(1, dtype=exact)
-
-
-def _row_dots(a: Tensor, b: Tensor, exact: torch.dtype) -> Tensor:
-    """Inner products (...) of the rows of (..., W), each with its own."""
-    return _dots(a.flatten(0, -2)[None], b.flatten(0, -2)[None], exact).view(a.shape[:-1])
+    """Sums (...) of (..., W): by pieces of columns, which are then added in `exact`."""
+    return x.unflatten(-1, (-1, min(PIECE, x.shape[-1]))).sum(-1).sum(-1, dtype=exact)
 
 
 class Block:
     """Two softmaxes of n rows, the student's and the teacher's, in buffers that serve one block after the other.
 
-    The probabilities are exps / sums, their logarithms logs - ln(sums). W is V and padding of probability 0 up to a
-    multiple of PIECE. All views are made once: made for each block, they would cost as much as a pass.
+    The probabilities are exps / sums, their logarithms logs - ln(sums). W is V and padding of probability 0, so that
+    rows fall into equal pieces. All views are made once: made for each block, they would cost as much as a pass.
     """
 
     sums: Tensor  # (2, n, 1), of `exps`
     inverses: Tensor  # (2, n, 1), of `sums`, in the dtype of `exps`
-    dots: Tensor  # (n, 2, 3), inner products of `exps` with (log_ratio, logs)
+    products: Tensor  # (n, 2, 3), inner products of `exps` and `factors`: of each with the first, and with its own log
 
-    def __init__(self, memory: Tensor, n: int, v: int, exact: torch.dtype):
-        width = -(-v // PIECE) * PIECE
-        memory = memory[: MEMORY * n * width].view(MEMORY, n, width)
+    def __init__(self, memory: Tensor, n: int, v: int, width: int, exact: torch.dtype):
+        memory = memory[: BUFFERS * n * width].view(BUFFERS, n, width)
         self.exact, self.dtype = exact, memory.dtype
         self.exps, self.factors = memory[:2], memory[2:5]
-        self.log_ratio, *logs = self.factors.unbind()  # (n, W), log p - log q but for a constant in each row
+        self.log_ratio = memory[2]  # (n, W), log p - log q but for a constant in each row
         self.logs = memory[3:5]  # (2, n, W), logits over T less the row's largest
-        self.exp, self.log = self.exps.unbind(), logs  # (n, W)
-        self.padding = self.logs[:, :, v:]
-        self.from_m = memory[6:]  # (2, n, W)
+        self.columns, self.padding = self.logs[:, :, :v], self.logs[:, :, v:]
+        self.exp, self.log, self.log_columns = (x.unbind() for x in (self.exps, self.logs, self.columns))
         self.spare = memory[5:].unbind()  # (n, W)
-        self.exp_columns, self.log_columns, self.spare_columns = (
-            [x[:, :v] for x in buffers] for buffers in (self.exp, self.log, self.spare)
-        )
+        self.from_m = memory[6:]  # (2, n, W), the last two of `spare`
+        self.exp_columns, self.spare_columns = ([x[:, :v] for x in buffers] for buffers in (self.exp, self.spare))
+        libraries: Any = torch.backends  # which mypy does not know by heart
+        precise = self.dtype == torch.float64 or libraries.mkldnn.matmul.fp32_precision in ("none", "ieee")
+        self.by_matrix_product = memory.device.type == "cpu" and precise  # TF32 and bf16 are not
 
     def fill(self, *logits: Tensor) -> None:
         """From both models' logits over T, (n, V)."""
@@ -110,7 +98,20 @@ class Block:
         torch.exp(self.logs, out=self.exps)
         torch.sub(self.log[1], self.log[0], out=self.log_ratio)
         self.sums = _sum(self.exps, self.exact).unsqueeze(2)
-        self.dots = _dots(self.exps, self.factors, self.exact)
+        self.inverses = self.sums.reciprocal().to(self.dtype)
+        self.products = self.multiply(self.factors, ((0, 0), (1, 0), (0, 1), (1, 2)))
+
+    def multiply(self, factors: Tensor, wanted: Sequence[tuple[int, int]]) -> Tensor:
+        """(n, 2, j) inner products of the rows of `exps` and factors, (j, n, W), by pieces; at least those wanted."""
+        n, j, piece = factors.shape[1], len(factors), min(PIECE, factors.shape[2])
+        if self.by_matrix_product:
+            a, b = self.exps.view(2, -1, piece).transpose(0, 1), factors.view(j, -1, piece).permute(1, 2, 0)
+            return torch.bmm(a, b).view(n, -1, 2, j).sum(1, dtype=self.exact)
+        products = factors.new_zeros(n, 2, j, dtype=self.exact)
+        for model, factor in wanted:
+            product = torch.mul(self.exp[model], factors[factor], out=self.spare[0])
+            products[:, model, factor] = _sum(product, self.exact)
+        return products
 
     def same_top(self) -> Tensor:
         """(n,) 1 where one token is the most probable of both, else less."""
@@ -125,7 +126,7 @@ def _divergence(
     out: Tensor | None,  # (n, V): written, scale times the gradient with respect to T * logits of the learner
     last: bool,  # the block's `logs` may be overwritten: on a CPU, writing where one reads is the faster
 ) -> Tensor | None:
-    """Value (n,); None for the two KLs, which `block.dots` gives."""
+    """Value (n,); None for the two KLs, which `block.products` gives."""
     p, a, dtype = 1 - q, objective.a, block.dtype
 
     def centred(log_ratio: Tensor, mean: Tensor, factor: float, spare: Tensor) -> None:
@@ -140,18 +141,20 @@ def _divergence(
             torch.addcmul(block.spare_columns[0], block.exp_columns[p], scale * block.inverses[p], value=-1, out=out)
         return None
     if objective.divergence == "reverse_kl":
-        centred(block.log_ratio, block.dots[:, q, :1] / block.sums[q], 2 * q - 1, block.spare[0])
+        centred(block.log_ratio, block.products[:, q, :1] / block.sums[q], 2 * q - 1, block.spare[0])
         return None
     if objective.divergence == "jsd":
-        # The mixture (1 - a) q + a p, times `total`, which differs as little from either's sum as they do.
-        parts = (1 - a) / block.sums[q], a / block.sums[p]
-        total = 1 / (parts[0] + parts[1])
-        log_m = torch.lerp(block.exp[q], block.exp[p], (parts[1] * total).to(dtype), out=block.spare[0])
+        # The mixture (1 - a) q + a p, times a total near either's sum, so that the logarithms' differences stay small.
+        weights = torch.stack(((1 - a) / block.sums[q], a / block.sums[p]))
+        weights = (weights / weights.sum(0)).to(dtype)
+        total = weights[0] * block.sums[q] + weights[1] * block.sums[p]
+        log_m = torch.mul(block.exp[q], weights[0], out=block.spare[0]).addcmul_(block.exp[p], weights[1])
         from_m = torch.sub(block.logs, log_m.clamp_min_(TINY).log_(), out=block.logs if last else block.from_m)
-        means = _row_dots(block.exps, from_m, block.exact).unsqueeze(2) / block.sums
+        products = block.multiply(from_m, ((0, 0), (1, 1)))
+        means = [products[:, i, i : i + 1] / block.sums[i] for i in (0, 1)]
         centred(from_m[q], means[q], 1 - a, from_m[q])
-        means += (total / block.sums).log()
-        return ((1 - a) * means[q] + a * means[p]).squeeze(1).clamp_min(0)
+        values = [weight * (means[i] + (total / block.sums[i]).log()) for i, weight in ((q, 1 - a), (p, a))]
+        return (values[0] + values[1]).squeeze(1).clamp_min(0)
     log_q, log_p = (block.log[i] - block.sums[i].log().to(dtype) for i in (q, p))
     # Exponentials of these, since the Bregman form wants them to agree.
     l, g = DIVERGENCES[objective.divergence].formula(log_q, log_p, prob := log_q.exp(), log_p.exp(), a, objective.b)
@@ -201,9 +204,10 @@ def torch_rows(
     """Fill losses, statistics and both gradients of n rows, in the dtype of `losses`; zeros for ignored rows."""
     n, v, dtype, on_cpu = len(losses), vocab_size, losses.dtype, losses.device.type == "cpu"
     exact = torch.float64 if on_cpu else dtype
-    step = min(n, block_rows(v, losses.device))
-    memory = losses.new_empty(MEMORY * step * -(-v // PIECE) * PIECE)
-    block = Block(memory, step, v, exact)
+    width = -(-v // PIECE) * PIECE if v > PIECE else v
+    step = min(n, block_rows(width, losses.device))
+    memory = losses.new_empty(BUFFERS * step * width)
+    block = Block(memory, step, v, width, exact)
     targets = None if labels is None else labels.clamp_min(0).unsqueeze(1).expand(2, n, 1)
     ignored = None if labels is None else (labels < 0).unsqueeze(1)
     if ignored is not None and on_cpu and not ignored.any():
@@ -213,26 +217,27 @@ def torch_rows(
     found: list[tuple[Tensor, ...]] = []
     nlls: list[Tensor] = []
     values: tuple[list[Tensor], list[Tensor]] = ([], [])
+    floored = not on_cpu  # where looking for log 0 would synchronise
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         if rows.stop - start < step:
-            block = Block(memory, rows.stop - start, v, exact)
+            block = Block(memory, rows.stop - start, v, width, exact)
         mask = None if ignored is None else ignored[rows]
-        for floored in (not on_cpu, True):
+        while True:
             z, u = (_logits(side, rows, v, dtype, mask) for side in (student, teacher))
             if floored:
                 z, u = z.clamp_min(FLOOR), u.clamp_min(FLOOR)
             if teacher_share != 1.0:
                 u = torch.lerp(z, u, teacher_share)
             block.fill(*((z, u) if temperature == 1.0 else (z / temperature, u / temperature)))
-            if floored or math.isfinite(block.dots.sum()):  # with log 0 it is not: 0 * log 0
+            if floored or math.isfinite(block.products.sum()):
                 break
-        block.inverses = block.sums.reciprocal().to(dtype)
-        found.append((block.sums, block.dots, block.same_top()))
+            floored = True  # 0 * log 0 was among them; later blocks are likely to have more of it
+        found.append((block.sums, block.products, block.same_top()))
         if targets is not None:
             target = targets[:, rows]
             if temperature == 1.0:
-                nlls.append(-block.logs.gather(2, target))  # ln(sum) is added below
+                nlls.append(-block.columns.gather(2, target))  # ln(sum) is added below
             else:
                 nlls.append(torch.stack([x.logsumexp(-1, keepdim=True) - x.gather(1, target[0]) for x in (z, u)]))
         for i, (side, x) in enumerate(((student, z), (teacher, u))):
@@ -251,17 +256,17 @@ def torch_rows(
                 q, inverse, label = block.exp_columns[i], block.inverses[i], None if targets is None else target[0]
                 _finish_gradient(side, out, rows, scale * objective.ce_weight, x, q, inverse, label, temperature)
 
-    sums, dots, top = (torch.cat(x, dim) for x, dim in zip(zip(*found, strict=True), (1, 0, 0), strict=True))
+    sums, products, top = (torch.cat(x, dim) for x, dim in zip(zip(*found, strict=True), (1, 0, 0), strict=True))
     sums = sums.squeeze(2)
     log_sums = sums.log()
     nll = torch.zeros_like(log_sums) if targets is None else torch.cat(nlls, 1).squeeze(2)
     if targets is not None and temperature == 1.0:
         nll = nll + log_sums
-    from_q, from_p = dots[:, 0, 0] / sums[0], dots[:, 1, 0] / sums[1]  # means of log p - log q + shift
+    from_q, from_p = products[:, 0, 0] / sums[0], products[:, 1, 0] / sums[1]  # means of log p - log q + shift
     # The log of a mean lies between these, whatever rounding says, and so neither KL is negative.
-    shift = (log_sums[1] - log_sums[0]).maximum(from_q).minimum(from_p)
+    shift = (sums[1] / sums[0]).log().maximum(from_q).minimum(from_p)
     kls = _infinite((from_p - shift).clamp_min(0)), _infinite((shift - from_q).clamp_min(0))
-    entropies = (log_sums[i] - dots[:, i, 1 + i] / sums[i] for i in (0, 1))
+    entropies = (log_sums[i] - products[:, i, 1 + i] / sums[i] for i in (0, 1))
     statistics[:] = torch.stack((*kls, *entropies, *nll, top == 1), 1)
     for i, side in enumerate((student, teacher)):
         if side.objective is None:

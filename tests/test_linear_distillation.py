@@ -758,6 +758,28 @@ def test_frozen_head_allocates_no_dw():
     assert frozen < 1024 * D_S * 4 == trained
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="the profiler's figures are of the CPU's memory")
+def test_buffers_of_a_small_vocabulary_are_small():
+    z, u = torch.randn(2, 20000, 40)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        distillation_loss(z, u, backend="torch")
+    assert max(event.self_cpu_memory_usage for event in profile.events()) <= 8 * torch_rows.BLOCK_ELEMENTS * 4
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="elsewhere the allocator keeps memory")
+def test_memory_of_one_size_does_not_stay_where_another_is_needed(monkeypatch):
+    monkeypatch.setattr(memory, "KEPT_FROM", 1)
+    memory.release()
+    first = memory.empty_like(torch.empty(100))
+    held, address = memory.empty_like(torch.empty(100))[50:], first.data_ptr()
+    assert held.data_ptr() != address + 200
+    del first
+    assert memory.empty_like(torch.empty(100)).data_ptr() == address
+    other = memory.empty_like(torch.empty(200))
+    assert sorted(len(kept) for kept, _ in memory._kept.gradients) == [400, 800]  # the held one and the new one
+    assert other.shape == (200,) and memory.empty_like(torch.empty(50), torch.float64).dtype == torch.float64
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="elsewhere the allocator keeps memory")
 def test_memory_of_gradients_serves_again_once_nobody_holds_them(monkeypatch):
     monkeypatch.setattr(memory, "KEPT_FROM", 1)
@@ -875,17 +897,72 @@ def test_distillation_loss_from_logits(dtype, backend):
         assert relative_error(x.grad, expected.grad) < (1e-6 if dtype == torch.float32 else BF16)
 
 
-@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("spread", [1e-3, 1e-4])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_values_near_convergence(name, spread, backend):
+    """Divergences of 5e-7 and 5e-9 in fp32, whose eps times the logits is 1e-6."""
+    z = torch.randn(8, 4099, generator=torch.Generator().manual_seed(0)).to(DEVICE) * 2 + 5
+    u = z + spread * torch.randn(8, 4099, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    options = {"student": name, "reduction": "none"}
+    truth = distillation_loss(z.double(), u.double(), backend="reference", **options)
+    found = distillation_loss(z, u, backend=backend, **options)
+    for value, expected, error in (
+        (found.student, truth.student, 3e-7),
+        *((found.metrics[kl], truth.metrics[kl], 1e-7) for kl in ("forward_kl", "reverse_kl")),
+    ):
+        assert (value.double() - expected).abs().max() < error
+        assert backend == "triton" or value.min() >= 0
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("flat", ["student", "teacher"])
+def test_jsd_of_a_flat_and_a_peaked_row(flat, beta):
+    """Their sums of exponentials, by which the mixture is weighted, differ by the size of the vocabulary."""
+    z, u = torch.zeros(2, 1, 150000, dtype=torch.float64, device=DEVICE)
+    (z if flat == "teacher" else u)[:, 7] = 30
+    runs = []
+    for dtype, name in ((torch.float64, "reference"), (torch.float32, "torch")):
+        x, y = (t.to(dtype, copy=True).requires_grad_() for t in (z, u))
+        objective = Objective("jsd", beta=beta)
+        loss = distillation_loss(x, y, student=objective, teacher=objective, backend=name)
+        loss.total.backward()
+        runs.append((loss.student, loss.teacher, x.grad, y.grad))
+    for found, expected in zip(runs[1], runs[0], strict=True):
+        assert relative_error(found, expected) < 3e-4
+
+
+def _set_precision(library, value):
+    library.fp32_precision = value
+
+
+PRECISIONS = {  # how to set it, how to set it back
+    "default": (lambda: None, lambda: None),
+    "of old": (
+        lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: torch.set_float32_matmul_precision("highest"),
+    ),
+    "all": (lambda: _set_precision(torch.backends, "tf32"), lambda: _set_precision(torch.backends, "none")),
+    "oneDNN": (
+        lambda: _set_precision(torch.backends.mkldnn.matmul, "bf16"),
+        lambda: _set_precision(torch.backends.mkldnn.matmul, "none"),
+    ),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_row_mathematics_is_fp32_whatever_matrix_products_are(precision):
-    """Inner products of rows are no business of autocast's, nor of `set_float32_matmul_precision`."""
+    """Inner products of rows are no business of autocast's, nor of the precision of matrix products."""
     z, u = torch.randn(2, 5, 2001, device=DEVICE) * 2
-    expected = distillation_loss(z, u, student="jsd", backend="torch", reduction="none")
-    torch.set_float32_matmul_precision(precision)
+    options = {"student": "jsd", "backend": "torch", "reduction": "none"}
+    expected = distillation_loss(z, u, **options)
+    change, restore = PRECISIONS[precision]
+    change()
     try:
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            found = distillation_loss(z, u, student="jsd", backend="torch", reduction="none")
+            found = distillation_loss(z, u, **options)
     finally:
-        torch.set_float32_matmul_precision("highest")
+        restore()
     torch.testing.assert_close(found.student, expected.student, rtol=1e-6, atol=0)
     for name, value in expected.metrics.items():
         torch.testing.assert_close(found.metrics[name], value, rtol=1e-6, atol=1e-6)

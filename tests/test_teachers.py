@@ -10,12 +10,13 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
-from okd import OKDConfig, OKDTrainer, teachers
+from okd import OKDConfig, OKDTrainer, salience
 from okd.cli import main, parse_train
 from okd.data import Collator, encode
 from okd.evaluate import divergence_metrics
 from okd.models import load_model
-from okd.teachers import Ensemble, base_teacher, calibration_batches, load_ensemble, non_salient_modules, saliency
+from okd.salience import calibration_batches, non_salient_modules, saliency
+from okd.teachers import Ensemble, base_teacher, load_ensemble
 
 MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MATRICES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -421,7 +422,7 @@ def test_a_resumed_run_does_not_choose_the_weights_again(folder, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(OKDTrainer, "compute_loss", interrupted)
         assert train(folder, tmp_path / "parts", "clda", *saving) == 130
-    monkeypatch.setattr(teachers, "saliency", None)
+    monkeypatch.setattr(salience, "saliency", None)
     assert train(folder, tmp_path / "parts", "clda", *saving, "--resume") == 0
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts")]
     assert metrics[0]["before"] == metrics[1]["before"] and metrics[0]["after"] == metrics[1]["after"]
