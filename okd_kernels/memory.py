@@ -38,9 +38,8 @@ def workspace(*shapes: tuple[int, ...], like: Tensor) -> list[Tensor]:
     return [x[: math.prod(shape)].view(shape) for x, shape in zip(flat.split(sizes), shapes, strict=True)]
 
 
-def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Uninitialised and contiguous, of x's shape and device: for the gradient of a weight. Its storage cannot grow."""
-    dtype = dtype or x.dtype
     n_bytes = x.numel() * dtype.itemsize
     if x.device.type != "cpu" or n_bytes < KEPT_FROM or type(x) not in (Tensor, torch.nn.Parameter):  # FakeTensor
         return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)

@@ -70,7 +70,14 @@ def _empty_gradient(operand: Tensor | None, like: Tensor, need: bool, by_row: bo
     """An output for the operand's gradient; without elements where none is wanted (operators cannot return None)."""
     if operand is None or not need:
         return like.new_empty(0)
-    return torch.empty_like(operand, memory_format=torch.contiguous_format) if by_row else empty_like(operand)
+    return _uninitialised(operand, operand.dtype, by_row)
+
+
+def _uninitialised(operand: Tensor, dtype: torch.dtype, by_row: bool) -> Tensor:
+    """Contiguous, of the operand's shape; a weight's, of which each step needs one of the same size, in kept memory."""
+    if by_row:
+        return torch.empty_like(operand, dtype=dtype, memory_format=torch.contiguous_format)
+    return empty_like(operand, dtype)
 
 
 def empty_gradients(operands: Sequence[Tensor | None], like: Tensor, needs: Sequence[bool]) -> list[Tensor]:
@@ -181,9 +188,7 @@ def _sum_buffer(operand: Tensor | None, output: Tensor, by_row: bool, compacted:
     dtype = operand.dtype if by_row else wide(operand.dtype)
     if output.dtype == dtype and not (by_row and compacted):
         return output
-    if by_row:
-        return torch.empty_like(operand, dtype=dtype, memory_format=torch.contiguous_format)
-    return empty_like(operand, dtype)
+    return _uninitialised(operand, dtype, by_row)
 
 
 def _finish(outputs: list[Tensor], model: Model, kept: Tensor | None, vocab_size: int) -> None:

@@ -218,6 +218,7 @@ def torch_rows(
     nlls: list[Tensor] = []
     values: tuple[list[Tensor], list[Tensor]] = ([], [])
     floored = not on_cpu  # where looking for log 0 would synchronise
+    last = 0 if teacher.objective is None else 1  # of the sides that learn
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         if rows.stop - start < step:
@@ -248,8 +249,7 @@ def torch_rows(
             if side.gradient is not None:
                 direct = side.gradient.dtype == dtype and temperature == 1.0  # else the logits are needed to the end
                 out = side.gradient[rows, :v] if direct else block.spare_columns[1]
-            last = i == 1 or teacher.objective is None
-            value = _divergence(objective, block, i, scale * (objective.weight * temperature), out, last)
+            value = _divergence(objective, block, i, scale * (objective.weight * temperature), out, i == last)
             if value is not None:
                 values[i].append(value)
             if out is not None:

@@ -770,12 +770,12 @@ def test_buffers_of_a_small_vocabulary_are_small():
 def test_memory_of_one_size_does_not_stay_where_another_is_needed(monkeypatch):
     monkeypatch.setattr(memory, "KEPT_FROM", 1)
     memory.release()
-    first = memory.empty_like(torch.empty(100))
-    held, address = memory.empty_like(torch.empty(100))[50:], first.data_ptr()
+    first = memory.empty_like(torch.empty(100), torch.float32)
+    held, address = memory.empty_like(torch.empty(100), torch.float32)[50:], first.data_ptr()
     assert held.data_ptr() != address + 200
     del first
-    assert memory.empty_like(torch.empty(100)).data_ptr() == address
-    other = memory.empty_like(torch.empty(200))
+    assert memory.empty_like(torch.empty(100), torch.float32).data_ptr() == address
+    other = memory.empty_like(torch.empty(200), torch.float32)
     assert sorted(len(kept) for kept, _ in memory._kept.gradients) == [400, 800]  # the held one and the new one
     assert other.shape == (200,) and memory.empty_like(torch.empty(50), torch.float64).dtype == torch.float64
 
