@@ -92,7 +92,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def _backward(model: Model, rows: slice, gradient: Tensor, scratch: Tensor, labels: Tensor | None) -> None:
-    """The backward GEMMs of one chunk; gradient: (c, V) of its logits, scratch: at least c * max(D, r) elements."""
+    """The backward GEMMs of one chunk; gradient: (c, V) of its logits; scratch: `scratch_size(c, model)` elements."""
     v, first = gradient.shape[1], rows.start == 0
     ignored = None if labels is None else (labels[rows] < 0).unsqueeze(1)
     for hidden, weight, grad_hidden, grad_weight in (
@@ -114,6 +114,12 @@ def _backward(model: Model, rows: slice, gradient: Tensor, scratch: Tensor, labe
     if model.grad_bias is not None:
         total = gradient.sum(0, dtype=model.grad_bias.dtype)
         model.grad_bias[:v] = total if first else model.grad_bias[:v] + total
+
+
+def scratch_size(rows: int, *models: Model) -> int:
+    """Elements that `_backward` needs to sum a chunk's hidden gradients in before it scales them."""
+    scaled = [w for m in models if m.learns and m.scale is not None for w in (m.weight, m.up) if w is not None]
+    return rows * max((w.shape[1] for w in scaled), default=0)
 
 
 def chunk_rows(n: int, row_bytes: int, workspace_bytes: int) -> int:
@@ -149,8 +155,7 @@ def run_chunks(
     n, work = losses.shape[0], row_backend(backend)
     width = row_stride(vocab_size)
     chunk = chunk_rows(n, 2 * vocab_size * losses.element_size(), workspace_bytes)  # a power of two stays one
-    widths = [w.shape[1] for m in models if m.learns for w in (m.weight, m.up) if w is not None]
-    *buffers, scratch = workspace((chunk, width), (chunk, width), (chunk * max(widths, default=0),), like=losses)
+    *buffers, scratch = workspace((chunk, width), (chunk, width), (scratch_size(chunk, *models),), like=losses)
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
         sides = []

@@ -89,13 +89,10 @@ def empty_gradients(operands: Sequence[Tensor | None], like: Tensor, needs: Sequ
 def row_factors(weights: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """weights * scale as factors (n,) of the rows' gradients, and one () of the sums that they make.
 
-    The latter costs a pass over dW. There is none (None) where the sums are not rounded to 16 bits, which is a pass
-    anyway. In fp16 it keeps the rows' gradients within range.
+    The latter costs a pass over dX and dW: it is None but in fp16, where it keeps the rows' gradients within range.
     """
-    if dtype == wide(dtype):
-        return weights * scale, None
     if dtype != torch.float16:
-        return weights, scale
+        return weights * scale, None
     weights, largest = normalise(weights)
     return weights * FP16_GAIN, scale * (largest / FP16_GAIN)
 
@@ -228,7 +225,7 @@ def normalise(upstream: Tensor) -> tuple[Tensor, Tensor]:
     return upstream / scale, scale
 
 
-def times(gradient: Tensor, upstream: Tensor) -> Tensor:
+def times(gradient: Tensor, upstream: Tensor, backend: str = "torch") -> Tensor:
     """upstream * gradient, in place where this is the last backward through the graph: no second dW is allocated.
 
     Out of place under `retain_graph=True`, which may come back for it, and while `torch.compile` traces.
@@ -237,6 +234,10 @@ def times(gradient: Tensor, upstream: Tensor) -> Tensor:
         return (gradient * upstream).to(gradient.dtype)
     if upstream.device.type == "cpu" and upstream == 1:
         return gradient
+    if backend == "triton":
+        from okd_kernels.scale_kernel import scale_
+
+        return scale_(gradient, upstream)
     return gradient.mul_(upstream)
 
 
@@ -271,7 +272,7 @@ def _backward(ctx: Any, totals: Tensor | None, losses: Tensor | None, *_: Any) -
         gradients = linear_distillation(*ctx.saved_tensors, *normalise(upstream), False, *ctx.options)[3:]
     else:
         gradients = [
-            times(gradient, upstream[i // PER_SIDE]) if need else gradient
+            times(gradient, upstream[i // PER_SIDE], ctx.options[-2]) if need else gradient
             for i, (gradient, need) in enumerate(zip(ctx.saved_tensors, needs, strict=True))
         ]
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + none

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from okd_kernels.chunks import Model, _backward, chunk_rows, project, row_stride
+from okd_kernels.arguments import resolve_backend
+from okd_kernels.chunks import Model, _backward, chunk_rows, project, row_stride, scratch_size
 from okd_kernels.divergences import Objective
 from okd_kernels.memory import workspace
 from okd_kernels.ops import (
@@ -301,11 +302,10 @@ def _run_chunks(
     workspace_bytes: int,
 ) -> None:
     """`chunks.run_chunks` with one model: N >= 1 tokens, no host synchronisation."""
-    inner = max((w.shape[1] for w in (model.weight, model.up) if w is not None and model.learns), default=0)
     scratch = None
     for rows, logits in _chunks(vocab_size, losses, workspace_bytes):
         if scratch is None:  # the first chunk is the largest
-            scratch = losses.new_empty(len(logits) * inner)
+            scratch = losses.new_empty(scratch_size(len(logits), model))
         project(model, rows, out=logits[:, :vocab_size])
         # In place: a 16-bit gradient takes the first half of its row.
         gradient = logits.view(model.hidden.dtype)[:, :vocab_size] if model.learns else None
@@ -358,7 +358,10 @@ def _sparse_backward(ctx: Any, total: Tensor | None, losses: Tensor | None, *_: 
     if ctx.per_token:
         gradients = sparse_distillation(*ctx.saved_tensors, *normalise(upstream), False, *ctx.options)[3:]
     else:
-        gradients = [times(g, upstream) if need else g for g, need in zip(ctx.saved_tensors, needs, strict=True)]
+        backend = resolve_backend("auto", upstream.device, upstream.dtype)
+        gradients = [
+            times(g, upstream, backend) if need else g for g, need in zip(ctx.saved_tensors, needs, strict=True)
+        ]
     return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + none
 
 

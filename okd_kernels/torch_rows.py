@@ -21,7 +21,7 @@ from okd_kernels.rows import FLOOR, INFINITE, Side
 BLOCK_ELEMENTS = 600_000  # logits of one side that are worked on together: 2.4 MB in fp32
 ACCELERATOR_BLOCK_ELEMENTS = 1 << 24  # elsewhere than on a CPU: few launches, and 64 MiB for each buffer
 BUFFERS = 8  # of a block
-PIECE = 1024  # columns that are summed in the logits' dtype; sums of pieces are added in fp64
+PIECE = 256  # columns that are summed in the logits' dtype, one after the other on some CPUs; pieces are added in fp64
 
 
 def block_rows(vocab_size: int, device: torch.device) -> int:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from okd_kernels.arguments import check_objectives, check_temperature, chunk_workspace, common_shape, gemm_operands
-from okd_kernels.chunks import Model, _backward, chunk_rows, project, row_stride
+from okd_kernels.chunks import Model, _backward, chunk_rows, project, row_stride, scratch_size
 from okd_kernels.divergences import DIVERGENCES, Objective
 from okd_kernels.heads import LinearHead
 from okd_kernels.memory import workspace
@@ -205,8 +205,7 @@ def _run(models: list[Model], task: _Task, row_scales: Tensor) -> tuple[Tensor, 
     """Losses (N, 2) and statistics (N, 7) of the whole group; this rank's gradients into the models' buffers."""
     (n, _), v = row_scales.shape, len(models[0].weight)
     width = row_stride(v)
-    widths = [w.shape[1] for m in models if m.learns for w in (m.weight, m.up) if w is not None]
-    shapes = (task.chunk, width), (task.chunk, width), (task.chunk * max(widths, default=0),)
+    shapes = (task.chunk, width), (task.chunk, width), (scratch_size(task.chunk, *models),)
     *buffers, scratch = workspace(*shapes, like=row_scales)
     values, nlls = row_scales.new_zeros(n, len(_Chunk.VALUES)), row_scales.new_zeros(n, 2)
     for start in range(0, n, task.chunk):

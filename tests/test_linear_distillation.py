@@ -22,6 +22,7 @@ from okd_kernels import (
     linear_distillation_loss,
     memory,
     ops,
+    scale_kernel,
     torch_rows,
 )
 from okd_kernels.chunks import row_stride
@@ -613,10 +614,10 @@ def test_rows_of_logits_do_not_share_cache_sets(vocab_size):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_factors_of_rows_and_sums(dtype):
-    """Together weights * scale; wide sums need no factor, which would be one more pass over dW."""
+    """Together weights * scale; only fp16's range wants a factor of the sums, which costs one more pass over dW."""
     weights, scale = torch.tensor([0.0, 1e-3, 2.0], dtype=ops.wide(dtype)), torch.tensor(1e-6, dtype=ops.wide(dtype))
     rows, sums = ops.row_factors(weights, scale, dtype)
-    assert (sums is None) == (dtype in (torch.float32, torch.float64))
+    assert (sums is None) == (dtype != torch.float16)
     torch.testing.assert_close(rows * (1 if sums is None else sums), weights * scale, rtol=1e-6, atol=0)
 
 
@@ -710,6 +711,20 @@ def test_upstream_scalars_of_each_side(backend):
     _, scaled = Problem().run(backend, teacher="forward_kl", upstream=(3.0, 0.25))
     for name in GRADIENTS:
         torch.testing.assert_close(scaled[name], unit[name] * (3.0 if "student" in name else 0.25))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_scaling_by_triton(dtype, monkeypatch):
+    """Every element once, also where each program has several blocks; a factor of 1 leaves all as it is."""
+    for name, value in (("BLOCK", 64), ("PROGRAMS", 3)):
+        monkeypatch.setattr(scale_kernel, name, value)
+    x = torch.randn(19, 37, dtype=dtype, device=DEVICE)
+    factors = torch.tensor([1.0, 1 / 3, math.nan], dtype=ops.wide(dtype), device=DEVICE)
+    for factor in factors:
+        found = scale_kernel.scale_(x.clone(), factor)
+        torch.testing.assert_close(found, (x * factor).to(dtype), equal_nan=True)
+    assert torch.equal(scale_kernel.scale_(x.clone(), factors[0]), x)
+    assert scale_kernel.scale_(x[:0].clone(), factors[1]).shape == (0, 37)
 
 
 def recorded(requires, n=8, **options):
