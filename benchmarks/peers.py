@@ -68,10 +68,11 @@ def ours(
     temperature: float = 1.0,
     workspace_bytes: int | None = None,
     backend: str = "auto",
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """This library. On a GPU the caller leaves out ignored rows, as `okd` does; on a CPU the loss does so itself."""
-    if labels.is_cuda and bool((labels == IGNORE).any()):
-        kept = (labels != IGNORE).nonzero().squeeze(1)
+    """This library. On a GPU the caller leaves out ignored rows by passing the others' indices, which `okd`'s collator
+    knows without waiting for the device; on a CPU the loss does so itself."""
+    if kept is not None:
         student_hidden, teacher_hidden, labels = student_hidden[kept], teacher_hidden[kept], labels[kept]
     okd = divergence == "okd"
     return linear_distillation_loss(

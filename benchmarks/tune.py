@@ -67,7 +67,7 @@ def time_workspaces(preset: str, repeats: int) -> list[dict[str, Any]]:
         tensors = case.operands()
         for mib in WORKSPACES_MIB:
             candidate = Candidate("ours", "ours", mib << 20)
-            run = partial(step, candidate.loss(), candidate.leaves(tensors, case), divergence)
+            run = partial(step, candidate.loss(tensors[4]), candidate.leaves(tensors, case), divergence)
             run()
             times = [seconds(run, "cuda") for _ in range(repeats)]
             trials.append({"divergence": divergence, "workspace_mib": mib, "median_s": statistics.median(times)})

@@ -1,5 +1,7 @@
-"""x *= factor, by Triton, reading and writing x only where the factor is not 1: the upstream gradient of most losses is 1,
-which the host does not know without waiting for the device."""
+"""x *= factor, by Triton, which reads and writes x only where the factor is not 1.
+
+The upstream gradient of most losses is 1, but the host does not know without waiting for the device.
+"""
 
 from __future__ import annotations
 
