@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.loss import PRESETS, Candidate, environment, seconds, step
 from okd_kernels import Objective
-from okd_kernels.row_kernel import LAUNCHES, lead_rows, triton_rows
+from okd_kernels.row_kernel import LAUNCHES, triton_rows
 from okd_kernels.rows import STATISTICS, Side
 
 OBJECTIVES: dict[str, tuple[Objective, Objective | None]] = {
@@ -31,19 +31,18 @@ WORKSPACES_MIB = (256, 512, 1024, 2048, 4096)
 
 def time_launches(rows: int, vocab: int, repeats: int) -> list[dict[str, Any]]:
     """One trial for each divergence and launch; gradients lie over the logits, bf16 over fp32, as in the loss."""
-    lead = lead_rows(rows, vocab)
-    memory = [torch.empty(rows + lead // 2, vocab, device="cuda") for _ in range(2)]
-    logits, gradients = [x[lead // 2 :] for x in memory], [x.view(torch.bfloat16).view(-1, vocab)[:rows] for x in memory]
+    logits = [torch.randn(rows, vocab, device="cuda") for _ in range(2)]
     labels = torch.randint(0, vocab, (rows,), device="cuda")
     scales = torch.ones(rows, 2, device="cuda")
     losses, found = torch.zeros_like(scales), torch.zeros(rows, len(STATISTICS), device="cuda")
     trials = []
     for name, objectives in OBJECTIVES.items():
         sides = [
-            Side(x, objective, None if objective is None else gradient)
-            for x, objective, gradient in zip(logits, objectives, gradients, strict=True)
+            Side(x, objective, None if objective is None else x.view(torch.bfloat16)[:, :vocab])
+            for x, objective in zip(logits, objectives, strict=True)
         ]
-        moved = rows * vocab * (8 + 2 * sum(side.gradient is not None for side in sides))  # if later passes hit the L2
+        passes = 3 if name == "jsd" else 2
+        moved = rows * vocab * (8 * passes + 2 * sum(side.gradient is not None for side in sides))
         for launch in LAUNCHES:
             run = partial(
                 triton_rows, *sides, labels, scales, losses, found, vocab_size=vocab, temperature=1.0, launch=launch

@@ -138,15 +138,6 @@ def row_stride(vocab_size: int) -> int:
     return width if width % 1024 else width + min(512, max(16, width // 8192 * 16))
 
 
-def gradient_lead(model: Model, dtype: torch.dtype, rows: int, vocab_size: int, backend: str) -> int:
-    """Rows by which gradients narrower than `dtype` lie before their logits; 0: in the same rows."""
-    if backend != "triton" or model.hidden.dtype == dtype or not model.learns:
-        return 0
-    from okd_kernels.row_kernel import lead_rows
-
-    return lead_rows(rows, vocab_size)
-
-
 def run_chunks(
     models: tuple[Model, Model],  # student, teacher
     labels: Tensor | None,  # (N,) int64, negative: ignored
@@ -164,19 +155,15 @@ def run_chunks(
     n, work = losses.shape[0], row_backend(backend)
     width = row_stride(vocab_size)
     chunk = chunk_rows(n, 2 * vocab_size * losses.element_size(), workspace_bytes)  # a power of two stays one
-    leads = [gradient_lead(model, losses.dtype, chunk, vocab_size, backend) for model in models]
-    shapes = [(lead // 2 + chunk, width) for lead in leads]
-    *buffers, scratch = workspace(*shapes, (scratch_size(chunk, *models),), like=losses)
+    *buffers, scratch = workspace((chunk, width), (chunk, width), (scratch_size(chunk, *models),), like=losses)
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
         sides = []
-        for model, buffer, lead in zip(models, buffers, leads, strict=True):
-            logits = buffer[lead // 2 :][: rows.stop - rows.start]
+        for model, buffer in zip(models, buffers, strict=True):
+            logits = buffer[: rows.stop - rows.start]
             project(model, rows, out=logits[:, :vocab_size])
-            gradient = None
-            if model.learns:  # in place: a 16-bit gradient takes half of its row, or of one long done
-                place = buffer.view(model.hidden.dtype)
-                gradient = (place.view(-1, width) if lead else place[:, :width])[: len(logits)]
+            # In place: a 16-bit gradient takes the first half of its row.
+            gradient = logits.view(model.hidden.dtype)[:, :width] if model.learns else None
             sides.append(Side(logits, model.objective, gradient, model.bias, model.logit_scale, model.softcap))
         work(
             *sides,
