@@ -2,8 +2,8 @@
 
 Time: all candidates in one process, round-robin over the rounds, the first of which is discarded; beside them, in the
 same rounds, the bare GEMMs that no method without approximation can avoid (the floor). On a GPU a round queues each of
-them several times, as a trainer does, and waits once: the host's overhead hides, and the clocks are those of a GPU at
-work. Memory: the peak beyond inputs
+them several times, as a trainer does, after one more that is not timed: the host's overhead hides, and the clocks are
+those of a GPU at this very work, not at what came before. Memory: the peak beyond inputs
 and returned gradients, each candidate in a fresh process. Error: of the gradients at std(z - u) = 0.1, against plain
 PyTorch in fp64 on the same operands.
 """
@@ -37,7 +37,7 @@ from okd_kernels.memory import release
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ACCURACY_TOKENS = 128
 TRUTH_BYTES = 16 << 30  # above this, heads in fp64 would not fit beside the rest: the truth is then fp32
-QUEUED = 4  # runs of one measurement on a GPU
+QUEUED = 4  # timed runs of one measurement on a GPU
 FLOOR_CHUNKS = (256, 512, 1024, 2048, 4096)
 SWEEPS = {"tokens": (256, 512, 1024, 2048, 4096), "vocab": (8192, 16384, 32768, 65536, 131072)}
 
@@ -106,14 +106,26 @@ def step(loss: Callable[..., Tensor], tensors: list[Tensor], divergence: str) ->
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:
-    """Wall-clock time of one call; on a GPU a share of `QUEUED`, the queue empty before and after."""
-    calls, synchronize = (QUEUED, torch.cuda.synchronize) if device == "cuda" else (1, lambda: None)
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
+    """Wall-clock time of one call; on a GPU of its queue, a share of `QUEUED` calls after an untimed one."""
+    if device == "cuda":
         run()
-    synchronize()
-    return (time.perf_counter() - start) / calls
+        (elapsed,) = marked_seconds([run] * QUEUED, 1)
+        return elapsed
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def marked_seconds(runs: list[Callable[[], Any]], different: int) -> list[float]:
+    """Times in the GPU's queue of `different` runs that take turns in `runs`: the mean of each."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)]
+    marks[0].record()
+    for run, mark in zip(runs, marks[1:], strict=True):
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(end) / 1e3 for start, end in pairwise(marks)]
+    return [statistics.fmean(times[i::different]) for i in range(different)]
 
 
 class Floor:
@@ -166,15 +178,10 @@ class Floor:
         """Of each part; on a GPU all parts are queued one after the other, as they are in a step."""
         if self.device != "cuda":
             return {part: self._time(part, *way) for part, way in self.ways.items()}
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(QUEUED * len(self.ways) + 1)]
-        torch.cuda.synchronize()
-        marks[0].record()
-        for (part, way), mark in zip(QUEUED * list(self.ways.items()), marks[1:], strict=True):
-            self._run(part, *way)
-            mark.record()
-        torch.cuda.synchronize()
-        times = [start.elapsed_time(end) / 1e3 for start, end in pairwise(marks)]
-        return {part: sum(times[i :: len(self.ways)]) / QUEUED for i, part in enumerate(self.ways)}
+        runs = [partial(self._run, part, *way) for part, way in self.ways.items()]
+        for run in runs:
+            run()
+        return dict(zip(self.ways, marked_seconds(runs * QUEUED, len(runs)), strict=True))
 
 
 def measure_time(case: Case, candidates: list[Candidate], repeats: int) -> tuple[dict, dict]:

@@ -31,20 +31,24 @@ _LOG2_E = tl.constexpr(math.log2(math.e))
 class Launch(NamedTuple):
     """How a row is worked on. Fixed rather than tuned at run time: a trial would overwrite the logits, and synchronise.
 
-    Given 128 registers a thread, ptxas spills in no case, and two rows share a multiprocessor; left to itself it
+    Given 96 registers a thread, ptxas spills in no case and four rows share a multiprocessor in most; left to itself it
     squeezes some cases further and spills a little. `benchmarks.tune` times `LAUNCHES` on a GPU.
     """
 
     block: int = 2048  # columns at a time
     warps: int = 8
-    registers: int = 128  # that a thread may take; CUDA only
+    registers: int = 96  # that a thread may take; CUDA only
 
     def options(self, is_cuda: bool) -> dict[str, int]:
         return {"num_warps": self.warps, **({"maxnreg": self.registers} if is_cuda else {})}
 
 
 LAUNCH = Launch()
-LAUNCHES = (LAUNCH, Launch(1024, 4), Launch(2048, 4), Launch(2048, 8, 80), Launch(4096, 8), Launch(4096, 16))
+LAUNCHES = (
+    LAUNCH,
+    *(Launch(2048, 8, registers) for registers in (80, 128)),
+    *(Launch(block, warps, 128) for block, warps in ((1024, 4), (2048, 4), (4096, 8), (4096, 16))),
+)
 
 
 @triton.jit
