@@ -141,9 +141,7 @@ class Floor:
         self.device, (_, self.w, _, self.u, _) = device, tensors
         self.x, self.y = tensors[0][counted], tensors[2][counted]
         n, v = len(self.x), len(self.w)
-        buffers = [
-            tuple(self.x.new_empty(n, stride)[:, :v] for _ in range(2)) for stride in sorted({v, row_stride(v)})
-        ]
+        buffers = [tuple(self.x.new_empty(n, stride)[:, :v] for _ in range(2)) for stride in sorted({v, row_stride(v)})]
         for start in range(0, n, FLOOR_CHUNKS[0]):
             rows = slice(start, start + FLOOR_CHUNKS[0])
             q, p = ((x[rows] @ w.t()).float().softmax(-1) for x, w in ((self.x, self.w), (self.y, self.u)))
