@@ -34,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader forks
     try:
         COMMANDS[options.command][1](options, rest)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `okd env | head` has read enough; what is left would raise once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE, as shells say it
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         if os.environ.get("OKD_TRACEBACK"):
             raise

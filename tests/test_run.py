@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -294,6 +295,16 @@ def test_env(capsys):
     printed = capsys.readouterr().out
     assert f"torch         {version('torch')}" in printed
     assert "backend       torch" in printed or torch.cuda.is_available()
+
+
+def test_a_closed_pipe_is_no_error():
+    """`okd env | head` ends quietly once nobody reads on."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", "from okd.cli import main; import sys; sys.exit(main(['env']))"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141 and "pipe" not in done.stderr.lower(), done.stderr
 
 
 # --- options ---
