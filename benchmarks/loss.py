@@ -3,9 +3,9 @@
 Time: all candidates in one process, round-robin over the rounds, the first of which is discarded; beside them, in the
 same rounds, the bare GEMMs that no method without approximation can avoid (the floor). On a GPU a round queues each of
 them several times, as a trainer does, after one more that is not timed: the host's overhead hides, and the clocks are
-those of a GPU at this very work, not at what came before. Memory: the peak beyond inputs
-and returned gradients, each candidate in a fresh process. Error: of the gradients at std(z - u) = 0.1, against plain
-PyTorch in fp64 on the same operands.
+those of a GPU at this very work, not at what came before. Memory: the peak beyond inputs and returned gradients, each
+candidate in a fresh process. Error: of the gradients at std(z - u) = 0.1, against plain PyTorch in fp64 on the same
+operands.
 """
 
 from __future__ import annotations
@@ -106,26 +106,26 @@ def step(loss: Callable[..., Tensor], tensors: list[Tensor], divergence: str) ->
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:
-    """Wall-clock time of one call; on a GPU of its queue, a share of `QUEUED` calls after an untimed one."""
+    """Wall-clock time of one call; on a GPU see `queued_seconds`."""
     if device == "cuda":
-        run()
-        (elapsed,) = marked_seconds([run] * QUEUED, 1)
-        return elapsed
+        return queued_seconds([run])[0]
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def marked_seconds(runs: list[Callable[[], Any]], different: int) -> list[float]:
-    """Times in the GPU's queue of `different` runs that take turns in `runs`: the mean of each."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)]
+def queued_seconds(runs: list[Callable[[], Any]]) -> list[float]:
+    """Mean time of each run in the GPU's queue: all of them by turns, once untimed and then `QUEUED` times."""
+    for run in runs:
+        run()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(QUEUED * len(runs) + 1)]
     marks[0].record()
-    for run, mark in zip(runs, marks[1:], strict=True):
+    for run, mark in zip(QUEUED * runs, marks[1:], strict=True):
         run()
         mark.record()
     torch.cuda.synchronize()
     times = [start.elapsed_time(end) / 1e3 for start, end in pairwise(marks)]
-    return [statistics.fmean(times[i::different]) for i in range(different)]
+    return [statistics.fmean(times[i :: len(runs)]) for i in range(len(runs))]
 
 
 class Floor:
@@ -177,9 +177,7 @@ class Floor:
         if self.device != "cuda":
             return {part: self._time(part, *way) for part, way in self.ways.items()}
         runs = [partial(self._run, part, *way) for part, way in self.ways.items()]
-        for run in runs:
-            run()
-        return dict(zip(self.ways, marked_seconds(runs * QUEUED, len(runs)), strict=True))
+        return dict(zip(self.ways, queued_seconds(runs), strict=True))
 
 
 def measure_time(case: Case, candidates: list[Candidate], repeats: int) -> tuple[dict, dict]:

@@ -225,7 +225,7 @@ def normalise(upstream: Tensor) -> tuple[Tensor, Tensor]:
     return upstream / scale, scale
 
 
-def times(gradient: Tensor, upstream: Tensor, backend: str = "torch") -> Tensor:
+def times(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     """upstream * gradient, in place where this is the last backward through the graph: no second dW is allocated.
 
     Out of place under `retain_graph=True`, which may come back for it, and while `torch.compile` traces.

@@ -31,7 +31,7 @@ _LOG2_E = tl.constexpr(math.log2(math.e))
 class Launch(NamedTuple):
     """How a row is worked on. Fixed rather than tuned at run time: a trial would overwrite the logits, and synchronise.
 
-    Given 96 registers a thread, ptxas spills in no case and four rows share a multiprocessor in most; left to itself it
+    Given 96 registers a thread, ptxas spills in no case and two to four rows share a multiprocessor; left to itself it
     squeezes some cases further and spills a little. `benchmarks.tune` times `LAUNCHES` on a GPU.
     """
 

@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import nn
 
-from benchmarks import methods, step
+from benchmarks import loss, methods, step
 from okd import OKDConfig
 from okd.data import Collator, encode
 from okd.evaluate import evaluate
@@ -70,6 +70,31 @@ def test_the_loss_clock_counts_the_loss_and_its_backward_but_no_model(now):
     (Stage.apply(loss.total, 1000.0)).backward()
     assert clock.seconds() == [2 + 3 + 20 + 30]
     assert clock.tokens == [3]
+
+
+def test_a_queue_gives_each_run_its_own_time_and_leaves_out_the_first(now, monkeypatch):
+    """Two runs by turns, whose first calls are slow."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = now.seconds
+
+        def elapsed_time(self, end):  # ms
+            return 1e3 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = []
+
+    def run(name, seconds):
+        now.seconds += seconds if name in calls else 1000
+        calls.append(name)
+
+    assert loss.queued_seconds([lambda: run("a", 2), lambda: run("b", 5)]) == [2, 5]
+    assert calls == ["a", "b"] * (1 + loss.QUEUED)
 
 
 # --- steps ---
