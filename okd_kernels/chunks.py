@@ -9,8 +9,9 @@ Shapes: N tokens, V vocabulary, D hidden size of either model, c rows of a chunk
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +57,24 @@ def row_backend(name: str) -> Callable[..., None]:
     return triton_rows
 
 
+@contextmanager
+def bf16_products() -> Iterator[None]:
+    """Let a CPU's fp32 GEMMs multiply in bf16 and add in fp32, which widened bf16 operands lose nothing by.
+
+    It is a setting of the process, so only its default is changed: any other is somebody's, and its origin (this level
+    or one above) could not be restored. Other threads' fp32 GEMMs may round their operands while this one's run.
+    """
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    if setting.fp32_precision != "none":
+        yield
+        return
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = "none"
+
+
 def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = hidden @ weight.T, `out` being fp32 also for 16-bit operands: 16-bit logits would ruin the gradients."""
     if hidden.dtype == out.dtype and hidden.device.type != "cpu":
@@ -63,9 +82,10 @@ def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     elif hidden.device.type == "cuda" and out.dtype == torch.float32:
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:  # where operands are narrower, no GEMM has this output: they are widened, the weight a block at a time
-        hidden = hidden.to(out.dtype)
-        for block, columns in zip(weight.split(PROJECTED), out.split(PROJECTED, dim=1), strict=True):
-            torch.mm(hidden, block.to(out.dtype).t(), out=columns)
+        with bf16_products() if hidden.dtype == torch.bfloat16 else nullcontext():
+            hidden = hidden.to(out.dtype)
+            for block, columns in zip(weight.split(PROJECTED), out.split(PROJECTED, dim=1), strict=True):
+                torch.mm(hidden, block.to(out.dtype).t(), out=columns)
 
 
 def project(model: Model, rows: slice, out: Tensor) -> None:

@@ -25,7 +25,7 @@ from okd_kernels import (
     scale_kernel,
     torch_rows,
 )
-from okd_kernels.chunks import row_stride
+from okd_kernels.chunks import Model, project, row_stride
 
 BACKENDS = ("torch", "triton")
 DEVICE = os.environ.get("OKD_TEST_DEVICE", "cpu")
@@ -161,6 +161,19 @@ def test_blocks_of_rows_one_after_the_other(name, teacher, monkeypatch):
 def test_offset_logits(name, backend):
     """Softmax does not see a constant: rows near +20 and -20."""
     assert_as_good_as_the_reference(Problem(offset=20.0), backend, slack=64.0, student=name, teacher=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_top1_agreement_of_rows_far_from_zero(temperature, backend):
+    """Where a row's largest logit does not become 0 but for rounding; every second row has one token on top."""
+    z, u = torch.randn(2, 64, 301, device=DEVICE)
+    top = torch.randint(0, 150, (64, 1), device=DEVICE)
+    level = torch.logspace(-2, 3, 64, device=DEVICE).unsqueeze(1)
+    z.scatter_(1, top, 5.0).add_(level)
+    u.scatter_(1, top + torch.arange(64, device=DEVICE).unsqueeze(1) % 2, 5.0).sub_(1.3 * level)
+    loss = distillation_loss(z, u, temperature=temperature, backend=backend, reduction="none")
+    assert loss.metrics["top1_agreement"].tolist() == [1.0, 0.0] * 32
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -963,6 +976,29 @@ PRECISIONS = {  # how to set it, how to set it back
         lambda: _set_precision(torch.backends.mkldnn.matmul, "none"),
     ),
 }
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="elsewhere GEMMs of bf16 operands have an fp32 output")
+@pytest.mark.parametrize(
+    "dtype, own, during",
+    [(torch.bfloat16, "none", "bf16"), (torch.bfloat16, "ieee", "ieee"), (torch.float32, "none", "none")],
+)
+def test_products_of_bf16_operands_on_a_cpu_may_be_bf16(dtype, own, during, monkeypatch, request):
+    """They are exact, and are added in fp32; nothing else changes its precision, nor does what comes later."""
+    setting, seen, mm = torch.backends.mkldnn.matmul, [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: (seen.append(setting.fp32_precision), mm(*a, **k))[1])
+    request.addfinalizer(lambda: _set_precision(setting, "none"))
+    _set_precision(setting, own)
+    hidden, weight = torch.randn(64, 512).to(dtype), torch.randn(5000, 512).to(dtype)
+    model, out = Model(hidden, weight, None, None, None, 1.0, None, None, None), torch.empty(64, 5000)
+    project(model, slice(0, 64), out)
+    assert set(seen) == {during} and setting.fp32_precision == own
+    assert relative_error(out, hidden.double() @ weight.double().t()) < 1e-6
+    if during == "bf16":
+        monkeypatch.setattr(torch, "mm", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            project(model, slice(0, 64), out)
+        assert setting.fp32_precision == own
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
