@@ -68,13 +68,14 @@ def _sum(x: Tensor, exact: torch.dtype) -> Tensor:
 class Block:
     """Two softmaxes of n rows, the student's and the teacher's, in buffers that serve one block after the other.
 
-    The probabilities are exps / sums, their logarithms ln(2) * logs - ln(sums). W is V and padding of probability
-    0: rows fall into equal pieces, and none ends amid a CPU's vector, whose rest it rounds differently. All views are made once: made for each block, they would cost as much as a pass.
+    The probabilities are exps / sums, their logarithms ln(2) * logs - ln(sums). W is V and padding of probability 0:
+    rows fall into equal pieces, and none ends amid a CPU's vector, whose rest it rounds differently. All views are made
+    once: made for each block, they would cost as much as a pass.
     """
 
     sums: Tensor  # (2, n, 1), of `exps`
     inverses: Tensor  # (2, n, 1), of `sums`, in the dtype of `exps`
-    products: Tensor  # (n, 2, 3), ln(2) times those of `exps` and `factors`: of each with the first and with its own log
+    products: Tensor  # (n, 2, 3), `multiply` of `factors`: of each model with the first, and with its own log
     offsets: Tensor  # (2, n, 1), what was added to logits / (T ln(2))
 
     def __init__(self, memory: Tensor, n: int, v: int, width: int, exact: torch.dtype):
@@ -120,7 +121,7 @@ class Block:
         return products.mul_(LN2)
 
     def same_top(self) -> Tensor:
-        """(n,) whether one token is the most probable of both. The largest of `exps` is 1 but for an offset's rounding."""
+        """(n,) whether one token is the most probable of both. The largest of `exp` is 1 but for an offset's rounding."""
         least = 1 - torch.finfo(self.dtype).eps * (4 + self.offsets.abs().sum(0))
         return (torch.mul(*self.exp, out=self.spare[0]).amax(-1, keepdim=True) >= least).squeeze(1)
 
@@ -137,7 +138,7 @@ def _divergence(
     p, a, dtype = 1 - q, objective.a, block.dtype
 
     def centred(log_ratio: Tensor, mean: Tensor, factor: float, spare: Tensor) -> None:
-        """out = scale * factor * q * (ln(2) * log_ratio - mean): a row's constants cancel, and so does their rounding."""
+        """out = scale * factor * q * (ln(2) * log_ratio - mean): a row's constants cancel, and their rounding, too."""
         if out is not None:
             torch.sub(log_ratio, (mean * LOG2_E).to(dtype), out=spare).mul_(block.exp[q])
             torch.mul(spare[:, : out.shape[1]], scale * block.inverses[q] * (factor * LN2), out=out)
