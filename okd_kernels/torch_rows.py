@@ -121,7 +121,8 @@ class Block:
         return products.mul_(LN2)
 
     def same_top(self) -> Tensor:
-        """(n,) whether one token is the most probable of both. The largest of `exp` is 1 but for an offset's rounding."""
+        """(n,) whether one token is the most probable of both."""
+        # The largest of `exps` is 1 but for the rounding of an offset.
         least = 1 - torch.finfo(self.dtype).eps * (4 + self.offsets.abs().sum(0))
         return (torch.mul(*self.exp, out=self.spare[0]).amax(-1, keepdim=True) >= least).squeeze(1)
 
