@@ -61,15 +61,15 @@ def row_backend(name: str) -> Callable[..., None]:
 def bf16_products() -> Iterator[None]:
     """Let a CPU's fp32 GEMMs multiply in bf16 and add in fp32, which widened bf16 operands lose nothing by.
 
-    It is a setting of the process, so only its default is changed: any other is somebody's, and its origin (this level
-    or one above) could not be restored. Other threads' fp32 GEMMs may round their operands while this one's run.
+    It is a setting of the process: fp32 GEMMs of other threads may round their operands meanwhile. Only its default is
+    changed, since any other is somebody's, and where it was set (here or one level above) could not be restored.
     """
     setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     if setting.fp32_precision != "none":
         yield
         return
-    setting.fp32_precision = "bf16"
     try:
+        setting.fp32_precision = "bf16"
         yield
     finally:
         setting.fp32_precision = "none"
@@ -88,15 +88,21 @@ def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
                 torch.mm(hidden, block.to(out.dtype).t(), out=columns)
 
 
-def project(model: Model, rows: slice, out: Tensor) -> None:
-    """out (c, v) = the rows' logits for the first v ids, a LoRA included; before bias, scale and softcap."""
-    v = out.shape[1]
+def project(model: Model, rows: slice, buffer: Tensor, v: int) -> Side:
+    """The side that has the rows' logits for the first v ids, a LoRA included, in the buffer (>= c, >= v).
+
+    Its gradient goes there, too: a 16-bit one takes the first half of its row.
+    """
+    logits = buffer[: rows.stop - rows.start]
+    out = logits[:, :v]
     _project(model.hidden[rows], model.weight[:v], out=out)
     if model.low is not None and model.up is not None:
         low, up = model.low[rows], model.up[:v]
         if low.device.type == "cpu" or out.dtype != torch.float32:
             low, up = low.to(out.dtype), up.to(out.dtype)
         _accumulate(out, low, up.t(), first=False)
+    gradient = logits.view(model.hidden.dtype)[:, : logits.shape[1]] if model.learns else None
+    return Side(logits, model.objective, gradient, model.bias, model.logit_scale, model.softcap)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -178,13 +184,7 @@ def run_chunks(
     *buffers, scratch = workspace((chunk, width), (chunk, width), (scratch_size(chunk, *models),), like=losses)
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
-        sides = []
-        for model, buffer in zip(models, buffers, strict=True):
-            logits = buffer[: rows.stop - rows.start]
-            project(model, rows, out=logits[:, :vocab_size])
-            # In place: a 16-bit gradient takes the first half of its row.
-            gradient = logits.view(model.hidden.dtype)[:, :width] if model.learns else None
-            sides.append(Side(logits, model.objective, gradient, model.bias, model.logit_scale, model.softcap))
+        sides = [project(model, rows, buffer, vocab_size) for model, buffer in zip(models, buffers, strict=True)]
         work(
             *sides,
             None if labels is None else labels[rows],

@@ -53,7 +53,7 @@ LAUNCHES = (
 
 @triton.jit
 def _load(pointer, bias, offsets, loadable, v, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """Logits after bias, scale and softcap, `_FLOOR` outside the vocabulary; and their derivative."""
+    """Logits after bias, scale and softcap, below `_FLOOR` outside the vocabulary; and their derivative."""
     x = tl.load(pointer + offsets, mask=offsets < loadable, other=0.0).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias + offsets, mask=offsets < v, other=0.0).to(tl.float32)
@@ -65,7 +65,7 @@ def _load(pointer, bias, offsets, loadable, v, scale, softcap, HAS_BIAS: tl.cons
         slope = scale * (1.0 - tanh * tanh)
         x = tl.where(x < 0, -softcap * tanh, softcap * tanh)
     # NaN stays NaN: it must reach the loss, not become an improbable token.
-    return tl.where(offsets < v, tl.maximum(x, _FLOOR, propagate_nan=tl.PropagateNan.ALL), _FLOOR), slope
+    return tl.where(offsets < v, tl.maximum(x, _FLOOR, propagate_nan=tl.PropagateNan.ALL), 2 * _FLOOR), slope
 
 
 @triton.jit

@@ -37,16 +37,19 @@ SPARSE_STATISTICS = ("forward_kl", "student_nll", "target_mass", "student_mass")
 ROUNDING = 8  # eps; a target's tail below this share of 1 - max p is rounding of the K log-probabilities
 
 
-def _chunks(vocab_size: int, rows_like: Tensor, workspace_bytes: int) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of each chunk, and a buffer (c, stride) for their logits; it is half of the workspace, see `_blocks`."""
+def _chunks(
+    model: Model, vocab_size: int, rows_like: Tensor, workspace_bytes: int
+) -> Iterator[tuple[slice, Side, Tensor]]:
+    """Rows, logits and `_backward`'s scratch of each chunk; the logits are half of the workspace, see `_blocks`."""
     n = len(rows_like)
     if n == 0:
         return
     chunk = chunk_rows(n, 2 * vocab_size * rows_like.element_size(), workspace_bytes)
-    (buffer,) = workspace((chunk, row_stride(vocab_size)), like=rows_like)
+    shapes = (chunk, row_stride(vocab_size)), (scratch_size(chunk, model),)
+    buffer, scratch = workspace(*shapes, like=rows_like)
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
-        yield rows, buffer[: rows.stop - start]
+        yield rows, project(model, rows, buffer, vocab_size), scratch
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
@@ -201,11 +204,9 @@ def topk(
     ids, log_probs, log_sum_exp = _topk_outputs(hidden, k)
     model = Model(hidden, weight, bias, low, up, head_numbers[0], head_numbers[1] or None, None, hidden.new_ones(()))
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows, logits in _chunks(vocab_size, log_sum_exp, workspace_bytes):
-            project(model, rows, out=logits[:, :vocab_size])
-            side = Side(logits, None, None, bias, model.logit_scale, model.softcap)
-            for block in _blocks(logits):
-                z = _transform(side, block, vocab_size, logits.dtype, None) / temperature
+        for rows, side, _ in _chunks(model, vocab_size, log_sum_exp, workspace_bytes):
+            for block in _blocks(side.logits):
+                z = _transform(side, block, vocab_size, side.logits.dtype, None) / temperature
                 values, at = z.topk(k)
                 top = values[:, :1]
                 # log1p of the others' sum: a probability near 1 keeps the digits of its distance to 1.
@@ -302,15 +303,8 @@ def _run_chunks(
     workspace_bytes: int,
 ) -> None:
     """`chunks.run_chunks` with one model: N >= 1 tokens, no host synchronisation."""
-    scratch = None
-    for rows, logits in _chunks(vocab_size, losses, workspace_bytes):
-        if scratch is None:  # the first chunk is the largest
-            scratch = losses.new_empty(scratch_size(len(logits), model))
-        project(model, rows, out=logits[:, :vocab_size])
-        # In place: a 16-bit gradient takes the first half of its row.
-        gradient = logits.view(model.hidden.dtype)[:, :vocab_size] if model.learns else None
-        side = Side(logits, model.objective, gradient, model.bias, model.logit_scale, model.softcap)
-        for block in _blocks(logits):
+    for rows, side, scratch in _chunks(model, vocab_size, losses, workspace_bytes):
+        for block in _blocks(side.logits):
             _sparse_rows(
                 side,
                 None if labels is None else labels[rows],
@@ -324,8 +318,8 @@ def _run_chunks(
                 temperature=temperature,
                 vocab_size=vocab_size,
             )
-        if gradient is not None:
-            _backward(model, rows, gradient, scratch, labels)
+        if side.gradient is not None:
+            _backward(model, rows, side.gradient[:, :vocab_size], scratch, labels)
 
 
 def _outputs(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:

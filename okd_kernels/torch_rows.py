@@ -22,6 +22,7 @@ from okd_kernels.rows import FLOOR, INFINITE, Side
 BLOCK_ELEMENTS = 400_000  # logits of one side that are worked on together: 1.6 MB in fp32
 ACCELERATOR_BLOCK_ELEMENTS = 1 << 24  # elsewhere than on a CPU: few launches, and 64 MiB for each buffer
 BUFFERS = 8  # of a block
+LARGE = 1024  # of logits over T ln(2); above, subtracting their maximum is a pass of its own
 LN2, LOG2_E = math.log(2), 1 / math.log(2)
 PIECE = 256  # columns that are summed in the logits' dtype, one after the other on some CPUs; pieces are added in fp64
 
@@ -94,19 +95,24 @@ class Block:
         precise = self.dtype == torch.float64 or libraries.mkldnn.matmul.fp32_precision in ("none", "ieee")
         self.by_matrix_product = memory.device.type == "cpu" and precise  # TF32 and bf16 are not
 
-    def fill(self, *logits: Tensor, temperature: float) -> None:
-        """From both models' logits, (n, V)."""
+    def fill(self, *logits: Tensor, temperature: float, careful: bool) -> bool:
+        """From both models' logits, (n, V). False if that must be done again: carefully, and without -inf in them."""
         scale = LOG2_E / temperature
-        self.offsets = torch.stack([x.amax(-1, keepdim=True) for x in logits]).mul_(-scale)
-        for x, offset, log in zip(logits, self.offsets, self.log_columns, strict=True):
-            torch.add(offset, x, alpha=scale, out=log)
-        if self.padding.numel():
-            self.padding.fill_(FLOOR)  # a JSD has written there
+        top = torch.stack([x.amax(-1, keepdim=True) for x in logits])
+        self.offsets = torch.zeros_like(top) if careful else top * -scale
+        for i, (x, log) in enumerate(zip(logits, self.log_columns, strict=True)):
+            if careful:
+                torch.sub(x, top[i], out=log).mul_(scale)
+            else:  # one pass less, but the largest becomes the rounding of its offset
+                torch.add(self.offsets[i], x, alpha=scale, out=log)
+        self.padding.fill_(FLOOR)  # a JSD has written there
         torch.exp2(self.logs, out=self.exps)
         torch.sub(self.log[1], self.log[0], out=self.log_ratio)
         self.sums = _sum(self.exps, self.exact).unsqueeze(2)
         self.inverses = self.sums.reciprocal().to(self.dtype)
         self.products = self.multiply(self.factors, ((0, 0), (1, 0), (0, 1), (1, 2)))
+        # Else 0 * log 0 was among them, or logits are so large that their offset's rounding matters.
+        return careful or bool(math.isfinite(self.products.sum()) and self.offsets.norm() < LARGE)
 
     def multiply(self, factors: Tensor, wanted: Sequence[tuple[int, int]]) -> Tensor:
         """(n, 2, j): ln(2) times inner products of the rows of `exps` and factors, (j, n, W); at least those wanted."""
@@ -120,11 +126,9 @@ class Block:
             products[:, model, factor] = _sum(product, self.exact)
         return products.mul_(LN2)
 
-    def same_top(self) -> Tensor:
-        """(n,) whether one token is the most probable of both."""
-        # The largest of `exps` is 1 but for the rounding of an offset.
-        least = 1 - torch.finfo(self.dtype).eps * (4 + self.offsets.abs().sum(0))
-        return (torch.mul(*self.exp, out=self.spare[0]).amax(-1, keepdim=True) >= least).squeeze(1)
+    def common_top(self) -> Tensor:
+        """(n,) the largest product of a token's `exps`: 1, but for rounding, where one is the most probable of both."""
+        return torch.mul(*self.exp, out=self.spare[0]).amax(-1)
 
 
 def _divergence(
@@ -221,12 +225,17 @@ def torch_rows(
     ignored = None if labels is None else (labels < 0).unsqueeze(1)
     if ignored is not None and on_cpu and not ignored.any():
         ignored = None
-    scales = row_scales.to(dtype) if ignored is None else row_scales.to(dtype).masked_fill(ignored, 0)
+    row_scales = row_scales.to(dtype) if ignored is None else row_scales.to(dtype).masked_fill(ignored, 0)
+    scales: list[tuple[Tensor, Tensor]] = []  # (n, 1) of each side's divergence, and of its cross-entropy
+    for i, side in enumerate((student, teacher)):
+        weight, ce_weight = (side.objective.weight, side.objective.ce_weight) if side.objective else (0.0, 0.0)
+        scale = row_scales[:, i : i + 1] * side.logit_scale
+        scales.append((scale * (weight * temperature), scale * ce_weight))
 
     found: list[tuple[Tensor, ...]] = []
     nlls: list[Tensor] = []
     values: tuple[list[Tensor], list[Tensor]] = ([], [])
-    floored = not on_cpu  # where looking for log 0 would synchronise
+    careful = not on_cpu  # where looking whether it is needed would synchronise
     last = 0 if teacher.objective is None else 1  # of the sides that learn
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
@@ -235,47 +244,49 @@ def torch_rows(
         mask = None if ignored is None else ignored[rows]
         while True:
             z, u = (_logits(side, rows, v, dtype, mask) for side in (student, teacher))
-            if floored:
+            if careful:
                 z, u = z.clamp_min(FLOOR), u.clamp_min(FLOOR)
             if teacher_share != 1.0:
                 u = torch.lerp(z, u, teacher_share)
-            block.fill(z, u, temperature=temperature)
-            if floored or math.isfinite(block.products.sum()):
+            if block.fill(z, u, temperature=temperature, careful=careful):
                 break
-            floored = True  # 0 * log 0 was among them; later blocks are likely to have more of it
-        found.append((block.sums, block.products, block.same_top()))
+            careful = True  # later blocks are likely to want it, too
+        found.append((block.sums, block.offsets, block.products, block.common_top()))
         if targets is not None:
             target = targets[:, rows]
             if temperature == 1.0:
-                nlls.append(block.columns.gather(2, target) * -LN2)  # ln(sum) is added below
+                nlls.append(block.columns.gather(2, target))  # a logit: the rest follows below
             else:
                 nlls.append(torch.stack([x.logsumexp(-1, keepdim=True) - x.gather(1, target[0]) for x in (z, u)]))
         for i, (side, x) in enumerate(((student, z), (teacher, u))):
             objective, out = side.objective, None
             if objective is None:
                 continue
-            scale = scales[rows, i : i + 1] * side.logit_scale
+            scale, ce_scale = (x[rows] for x in scales[i])
             if side.gradient is not None:
                 direct = side.gradient.dtype == dtype and temperature == 1.0  # else the logits are needed to the end
                 out = side.gradient[rows, :v] if direct else block.spare_columns[1]
-            value = _divergence(objective, block, i, scale * (objective.weight * temperature), out, i == last)
+            value = _divergence(objective, block, i, scale, out, i == last)
             if value is not None:
                 values[i].append(value)
             if out is not None:
                 q, inverse, label = block.exp_columns[i], block.inverses[i], None if targets is None else target[0]
-                _finish_gradient(side, out, rows, scale * objective.ce_weight, x, q, inverse, label, temperature)
+                _finish_gradient(side, out, rows, ce_scale, x, q, inverse, label, temperature)
 
-    sums, products, top = (torch.cat(x, dim) for x, dim in zip(zip(*found, strict=True), (1, 0, 0), strict=True))
-    sums = sums.squeeze(2)
+    columns = zip(zip(*found, strict=True), (1, 1, 0, 0), strict=True)
+    sums, offsets, products, common_top = (torch.cat(x, dim) for x, dim in columns)
+    sums, offsets = sums.squeeze(2), offsets.squeeze(2)
+    # The largest of a row's `exps` is 1 but for the rounding of its offset, which is less than `LARGE`.
+    top = common_top >= 1 - torch.finfo(dtype).eps * (4 + offsets.abs().sum(0))
     log_sums = sums.log()
     nll = torch.zeros_like(log_sums) if targets is None else torch.cat(nlls, 1).squeeze(2)
     if targets is not None and temperature == 1.0:
-        nll = nll + log_sums
+        nll = (log_sums - LN2 * nll).clamp_min(0)
     from_q, from_p = products[:, 0, 0] / sums[0], products[:, 1, 0] / sums[1]  # means of log p - log q + shift
     # The log of a mean lies between these, whatever rounding says, and so neither KL is negative.
     shift = (sums[1] / sums[0]).log().maximum(from_q).minimum(from_p)
     kls = _infinite((from_p - shift).clamp_min(0)), _infinite((shift - from_q).clamp_min(0))
-    entropies = (log_sums[i] - products[:, i, 1 + i] / sums[i] for i in (0, 1))
+    entropies = ((log_sums[i] - products[:, i, 1 + i] / sums[i]).clamp_min(0) for i in (0, 1))
     statistics[:] = torch.stack((*kls, *entropies, *nll, top), 1)
     for i, side in enumerate((student, teacher)):
         if side.objective is None:

@@ -16,12 +16,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from okd_kernels.arguments import check_objectives, check_temperature, chunk_workspace, common_shape, gemm_operands
+from okd_kernels.arguments import (
+    check_objectives,
+    check_temperature,
+    chunk_workspace,
+    common_shape,
+    gemm_operands,
+    resolve_backend,
+)
 from okd_kernels.chunks import Model, _backward, chunk_rows, project, row_stride, scratch_size
 from okd_kernels.divergences import DIVERGENCES, Objective
 from okd_kernels.heads import LinearHead
 from okd_kernels.memory import workspace
-from okd_kernels.ops import BY_ROW, PER_SIDE, once_differentiable, row_factors, wide
+from okd_kernels.ops import BY_ROW, PER_SIDE, once_differentiable, row_factors, times, wide
 from okd_kernels.rows import STATISTICS, Side
 from okd_kernels.tokens import DistillationLoss, Tokens
 from okd_kernels.torch_rows import _infinite, _transform, block_rows
@@ -191,12 +198,12 @@ class _VocabParallel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
-        """Out of place, so that backward may run twice."""
         totals = upstream[0]
         if totals is None:
             return (None,) * (1 + len(ctx.saved_tensors))
+        backend = resolve_backend("auto", totals.device, totals.dtype)
         gradients = (
-            None if g is None else (g * totals[i // PER_SIDE]).to(g.dtype) for i, g in enumerate(ctx.saved_tensors)
+            None if g is None else times(g, totals[i // PER_SIDE], backend) for i, g in enumerate(ctx.saved_tensors)
         )
         return None, *gradients
 
@@ -210,13 +217,7 @@ def _run(models: list[Model], task: _Task, row_scales: Tensor) -> tuple[Tensor, 
     values, nlls = row_scales.new_zeros(n, len(_Chunk.VALUES)), row_scales.new_zeros(n, 2)
     for start in range(0, n, task.chunk):
         rows = slice(start, min(start + task.chunk, n))
-        sides = []
-        for model, buffer in zip(models, buffers, strict=True):
-            logits = buffer[: rows.stop - rows.start]
-            project(model, rows, out=logits[:, :v])
-            # In place: a 16-bit gradient takes the first half of its row.
-            gradient = logits.view(model.hidden.dtype)[:, :v] if model.learns else None
-            sides.append(Side(logits[:, :v], model.objective, gradient, model.bias, model.logit_scale, model.softcap))
+        sides = [project(model, rows, buffer[:, :v], v) for model, buffer in zip(models, buffers, strict=True)]
         chunk = _Chunk(sides, None if task.labels is None else task.labels[rows], task)
         nlls[rows] = chunk.normalise()
         chunk.values(values[rows])

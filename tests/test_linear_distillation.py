@@ -169,11 +169,42 @@ def test_top1_agreement_of_rows_far_from_zero(temperature, backend):
     """Where a row's largest logit does not become 0 but for rounding; every second row has one token on top."""
     z, u = torch.randn(2, 64, 301, device=DEVICE)
     top = torch.randint(0, 150, (64, 1), device=DEVICE)
-    level = torch.logspace(-2, 3, 64, device=DEVICE).unsqueeze(1)
+    level = torch.logspace(-2, 7, 64, device=DEVICE).unsqueeze(1)
     z.scatter_(1, top, 5.0).add_(level)
     u.scatter_(1, top + torch.arange(64, device=DEVICE).unsqueeze(1) % 2, 5.0).sub_(1.3 * level)
     loss = distillation_loss(z, u, temperature=temperature, backend=backend, reduction="none")
     assert loss.metrics["top1_agreement"].tolist() == [1.0, 0.0] * 32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("objective", [Objective("forward_kl"), Objective("jsd"), Objective("skew_kl", ce_weight=0.5)])
+@pytest.mark.parametrize("level", [-math.inf, -1e30, 3e9])
+def test_a_row_without_any_preference_is_uniform(level, objective, backend):
+    """Whether it says so by -inf or by numbers whose rounding is larger than any logit."""
+    z, u = torch.full((3, 301), level, device=DEVICE), torch.randn(3, 301, device=DEVICE)
+    z[1] = torch.randn(301, device=DEVICE)
+    labels = torch.tensor([5, 6, 7], device=DEVICE)
+    runs = []
+    for name, dtype in (("reference", torch.float64), (backend, torch.float32)):
+        x, y = z.to(dtype, copy=True).requires_grad_(), u.to(dtype, copy=True).requires_grad_()
+        loss = distillation_loss(x, y, labels, student=objective, teacher=objective, backend=name, reduction="none")
+        (loss.student + loss.teacher).sum().backward()
+        assert x.grad.isfinite().all() and y.grad.isfinite().all()
+        runs.append({"student": loss.student, "teacher": loss.teacher, **loss.metrics})
+    for key, expected in runs[0].items():
+        torch.testing.assert_close(
+            runs[1][key].double(), expected, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_certain_rows_have_no_negative_entropy_or_nll(backend):
+    z = torch.randn(64, 301, device=DEVICE) + torch.linspace(0, 90, 64, device=DEVICE).unsqueeze(1)
+    labels = torch.randint(0, 301, (64,), device=DEVICE)
+    z.scatter_add_(1, labels.unsqueeze(1), torch.full((64, 1), 60.0, device=DEVICE))
+    metrics = distillation_loss(z, z.roll(1, 0), labels, backend=backend, reduction="none").metrics
+    for name in ("student_nll", "student_entropy", "teacher_entropy"):
+        assert (metrics[name] >= 0).all() and metrics[name].isfinite().all(), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -991,13 +1022,13 @@ def test_products_of_bf16_operands_on_a_cpu_may_be_bf16(dtype, own, during, monk
     _set_precision(setting, own)
     hidden, weight = torch.randn(64, 512).to(dtype), torch.randn(5000, 512).to(dtype)
     model, out = Model(hidden, weight, None, None, None, 1.0, None, None, None), torch.empty(64, 5000)
-    project(model, slice(0, 64), out)
+    project(model, slice(0, 64), out, 5000)
     assert set(seen) == {during} and setting.fp32_precision == own
     assert relative_error(out, hidden.double() @ weight.double().t()) < 1e-6
     if during == "bf16":
         monkeypatch.setattr(torch, "mm", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            project(model, slice(0, 64), out)
+            project(model, slice(0, 64), out, 5000)
         assert setting.fp32_precision == own
 
 
