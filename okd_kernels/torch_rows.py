@@ -112,7 +112,7 @@ class Block:
         self.inverses = self.sums.reciprocal().to(self.dtype)
         self.products = self.multiply(self.factors, ((0, 0), (1, 0), (0, 1), (1, 2)))
         # Else 0 * log 0 was among them, or logits are so large that their offset's rounding matters.
-        return careful or bool(math.isfinite(self.products.sum()) and self.offsets.norm() < LARGE)
+        return careful or bool(math.isfinite(self.products.sum()) and self.offsets.norm(math.inf) < LARGE)
 
     def multiply(self, factors: Tensor, wanted: Sequence[tuple[int, int]]) -> Tensor:
         """(n, 2, j): ln(2) times inner products of the rows of `exps` and factors, (j, n, W); at least those wanted."""
