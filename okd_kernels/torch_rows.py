@@ -262,7 +262,7 @@ def torch_rows(
             objective, out = side.objective, None
             if objective is None:
                 continue
-            scale, ce_scale = (x[rows] for x in scales[i])
+            scale, ce_scale = (of_all[rows] for of_all in scales[i])
             if side.gradient is not None:
                 direct = side.gradient.dtype == dtype and temperature == 1.0  # else the logits are needed to the end
                 out = side.gradient[rows, :v] if direct else block.spare_columns[1]
