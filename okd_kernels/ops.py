@@ -211,13 +211,6 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     return losses.new_empty(2), losses, statistics, *gradients
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    labels, per_token = N_OPERANDS, N_OPERANDS + 3
-    ctx.per_token, ctx.options = inputs[per_token], inputs[per_token + 1 :]
-    ctx.set_materialize_grads(False)  # else autograd would fill a zero dW for every output that nobody used
-    ctx.save_for_backward(*(inputs[: labels + 1] if ctx.per_token else output[3:]))
-
-
 def normalise(upstream: Tensor) -> tuple[Tensor, Tensor]:
     """Row weights of at most 1, and their factor (): an upstream of 1/N would let fp16 gradients underflow."""
     largest = upstream.abs().sum() if upstream.numel() == 0 else upstream.abs().amax()
@@ -261,24 +254,39 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
     return wrapper
 
 
-@once_differentiable
-def _backward(ctx: Any, totals: Tensor | None, losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """Upstream times gradient, on the device."""
-    needs, none = ctx.options[-1], (None,) * (len(ctx.options) + 4)
-    upstream = losses if ctx.per_token else totals
-    if upstream is None:
-        return (None,) * N_OPERANDS + none
-    if ctx.per_token:
-        gradients = linear_distillation(*ctx.saved_tensors, *normalise(upstream), False, *ctx.options)[3:]
-    else:
-        gradients = [
-            times(gradient, upstream[i // PER_SIDE], ctx.options[-2]) if need else gradient
-            for i, (gradient, need) in enumerate(zip(ctx.saved_tensors, needs, strict=True))
-        ]
-    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + none
+def differentiate(operator: Any, n_operands: int, per_token: int, backend: Callable[[Tensor, Any], str]) -> None:
+    """Register the backward pass of an operator that makes its operands' gradients along with its values.
+
+    Inputs: operands, other tensors, row weights, scale, `per_token` (at that position), options, the last of which says
+    which operands need a gradient. Outputs: totals () or (2,), losses, statistics, gradients. `backend` tells from
+    upstream and options who multiplies. Where losses per token are differentiated, their upstream weights a second run.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.per_token, ctx.options = inputs[per_token], inputs[per_token + 1 :]
+        ctx.set_materialize_grads(False)  # else autograd would fill a zero dW for every output that nobody used
+        ctx.save_for_backward(*(inputs[: per_token - 2] if ctx.per_token else output[3:]))
+
+    @once_differentiable
+    def backward(ctx: Any, totals: Tensor | None, losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        needs, none = ctx.options[-1], (None,) * (per_token + 1 - n_operands + len(ctx.options))
+        upstream = losses if ctx.per_token else totals
+        if upstream is None:
+            return (None,) * n_operands + none
+        if ctx.per_token:
+            gradients = operator(*ctx.saved_tensors, *normalise(upstream), False, *ctx.options)[3:]
+        else:
+            by, factors = backend(upstream, ctx.options), upstream.reshape(-1)  # (1,) or (2,): of each side
+            gradients = [
+                times(gradient, factors[i // PER_SIDE], by) if need else gradient
+                for i, (gradient, need) in enumerate(zip(ctx.saved_tensors, needs, strict=True))
+            ]
+        return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + none
+
+    operator.register_autograd(backward, setup_context=save)
 
 
-linear_distillation.register_autograd(_backward, setup_context=_save)
+differentiate(linear_distillation, N_OPERANDS, N_OPERANDS + 3, lambda _, options: options[-2])
 
 
 @torch.library.custom_op("okd_kernels::logit_distillation", mutates_args=())

@@ -23,11 +23,9 @@ from okd_kernels.ops import (
     _finish,
     _sum_buffer,
     counted_rows,
+    differentiate,
     empty_gradients,
-    normalise,
-    once_differentiable,
     row_factors,
-    times,
     wide,
 )
 from okd_kernels.rows import FLOOR, INFINITE, Side
@@ -335,28 +333,9 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     return _outputs(*arguments[:PER_SIDE], arguments[PER_SIDE + 5], arguments[-1])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    per_token = PER_SIDE + 5
-    ctx.per_token, ctx.options = inputs[per_token], inputs[per_token + 1 :]
-    ctx.set_materialize_grads(False)  # else autograd would fill a zero dW for every output that nobody used
-    ctx.save_for_backward(*(inputs[: PER_SIDE + 3] if ctx.per_token else output[3:]))
-
-
-@once_differentiable
-def _sparse_backward(ctx: Any, total: Tensor | None, losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """Upstream times gradient, on the device."""
-    needs, none = ctx.options[-1], (None,) * (6 + len(ctx.options))
-    upstream = losses if ctx.per_token else total
-    if upstream is None:
-        return (None,) * PER_SIDE + none
-    if ctx.per_token:
-        gradients = sparse_distillation(*ctx.saved_tensors, *normalise(upstream), False, *ctx.options)[3:]
-    else:
-        backend = resolve_backend("auto", upstream.device, upstream.dtype)
-        gradients = [
-            times(g, upstream, backend) if need else g for g, need in zip(ctx.saved_tensors, needs, strict=True)
-        ]
-    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + none
-
-
-sparse_distillation.register_autograd(_sparse_backward, setup_context=_save)
+differentiate(
+    sparse_distillation,
+    PER_SIDE,
+    PER_SIDE + 5,
+    lambda upstream, _: resolve_backend("auto", upstream.device, upstream.dtype),
+)
