@@ -4,7 +4,7 @@ The chunk's logits are worked off a few rows at a time, so that every pass finds
 costs there, one as much as another whatever it computes, and each has a fixed cost beside that of its size. So no row
 is divided by its sum, differences of logits stand for those of log-probabilities, one pass serves both sides where it
 can, and the inner products of a block are one batched matrix product. Logarithms in rows are to base 2: the factor goes
-with the subtraction of the maximum, and a CPU's exponential to base 2 takes a third of the time of that to base e.
+with the subtraction of the maximum, and on some CPUs an exponential to base 2 takes a third of the time of base e.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class Block:
         self.from_m = memory[6:]  # (2, n, W), the last two of `spare`
         self.exp_pieces = self.exps.view(2, -1, PIECE).transpose(0, 1)
         self.exp_columns, self.spare_columns = ([x[:, :v] for x in buffers] for buffers in (self.exp, self.spare))
-        libraries: Any = torch.backends  # which mypy does not know by heart
-        precise = self.dtype == torch.float64 or libraries.mkldnn.matmul.fp32_precision in ("none", "ieee")
+        setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        precise = self.dtype == torch.float64 or setting.fp32_precision in ("none", "ieee")
         self.by_matrix_product = memory.device.type == "cpu" and precise  # TF32 and bf16 are not
 
     def fill(self, *logits: Tensor, temperature: float, careful: bool) -> bool:
@@ -119,11 +119,12 @@ class Block:
         n, j = factors.shape[1], len(factors)
         if self.by_matrix_product:
             pieces = torch.bmm(self.exp_pieces, factors.view(j, -1, PIECE).permute(1, 2, 0))
-            return pieces.view(n, -1, 2, j).sum(1, dtype=self.exact).mul_(LN2)
-        products = factors.new_zeros(n, 2, j, dtype=self.exact)
-        for model, factor in wanted:
-            product = torch.mul(self.exp[model], factors[factor], out=self.spare[0])
-            products[:, model, factor] = _sum(product, self.exact)
+            products = pieces.view(n, -1, 2, j).sum(1, dtype=self.exact)
+        else:
+            products = factors.new_zeros(n, 2, j, dtype=self.exact)
+            for model, factor in wanted:
+                product = torch.mul(self.exp[model], factors[factor], out=self.spare[0])
+                products[:, model, factor] = _sum(product, self.exact)
         return products.mul_(LN2)
 
     def common_top(self) -> Tensor:
