@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from okd_kernels.chunks import row_stride
+from okd_kernels.chunks import PROJECTED, row_stride
 from okd_kernels.memory import release
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -131,9 +131,10 @@ def queued_seconds(runs: list[Callable[[], Any]]) -> list[float]:
 class Floor:
     """The GEMMs alone, in the operands' dtype and into preallocated outputs, over counted rows only.
 
-    Each of them runs over the whole of N or in chunks, logits dense or at `row_stride`, whichever a calibration found
-    fastest, so that the sum is a lower bound and not one more implementation. The gradients that they read are those of
-    forward KL: a GPU's clocks depend on the data.
+    `plain`: one `torch.mm` each, over all of N and V. `best`: over the whole of N or in chunks, logits dense or at
+    `row_stride`, on a CPU also by blocks of the head, whichever a calibration found fastest, so that the sum is a lower
+    bound and not one more implementation. The gradients that they read are those of forward KL: a GPU's clocks depend
+    on the data.
     """
 
     def __init__(self, tensors: list[Tensor], device: str):
@@ -149,47 +150,59 @@ class Floor:
                 gradients[rows] = q - p
         self.dx, self.dy, self.dw = (torch.empty_like(t) for t in (self.x, self.y, self.w))
         self.parts = {
-            "student logits": lambda rows, logits, _: torch.mm(self.x[rows], self.w.t(), out=logits[rows]),
-            "teacher logits": lambda rows, logits, _: torch.mm(self.y[rows], self.u.t(), out=logits[rows]),
-            "student dX": lambda rows, _, gradients: torch.mm(gradients[rows], self.w, out=self.dx[rows]),
+            "student logits": lambda rows, block, out, _: self._logits(self.x[rows], self.w, block, out[rows]),
+            "teacher logits": lambda rows, block, out, _: self._logits(self.y[rows], self.u, block, out[rows]),
+            "student dX": lambda rows, _, __, gradients: torch.mm(gradients[rows], self.w, out=self.dx[rows]),
             "student dW": self._dw,
-            "teacher dX": lambda rows, _, gradients: torch.mm(gradients[rows], self.u, out=self.dy[rows]),
+            "teacher dX": lambda rows, _, __, gradients: torch.mm(gradients[rows], self.u, out=self.dy[rows]),
         }
-        sizes = sorted({min(size, n) for size in (*FLOOR_CHUNKS, n)})
-        ways = [(size, *pair) for pair in buffers for size in sizes]
+        plain = (n, v, *buffers[0])
         for part in self.parts:
             for pair in buffers:
-                self._run(part, n, *pair)
-        self.ways = {part: min(ways, key=lambda way, p=part: self._time(p, *way)) for part in self.parts}
+                self._run(part, n, v, *pair)
+        sizes = sorted({min(size, n) for size in (*FLOOR_CHUNKS, n)})
+        self.plain, self.best = dict.fromkeys(self.parts, plain), {}
+        for part in self.parts:
+            blocks = {v, min(PROJECTED, v)} if device == "cpu" and "logits" in part else {v}
+            ways = [(size, block, *pair) for pair in buffers for size in sizes for block in sorted(blocks)]
+            once = sorted(ways, key=lambda way, p=part: self._time(p, *way))
+            self.best[part] = min(once[:3], key=lambda way, p=part: min(self._time(p, *way) for _ in range(3)))
 
-    def _dw(self, rows: slice, _: Tensor, gradients: Tensor) -> None:
+    @staticmethod
+    def _logits(hidden: Tensor, head: Tensor, block: int, logits: Tensor) -> None:
+        for weight, out in zip(head.split(block), logits.split(block, dim=1), strict=True):
+            torch.mm(hidden, weight.t(), out=out)
+
+    def _dw(self, rows: slice, _: int, __: Tensor, gradients: Tensor) -> None:
         torch.addmm(self.dw, gradients[rows].t(), self.x[rows], beta=int(rows.start > 0), out=self.dw)
 
-    def _run(self, part: str, chunk: int, logits: Tensor, gradients: Tensor) -> None:
+    def _run(self, part: str, chunk: int, block: int, logits: Tensor, gradients: Tensor) -> None:
         for start in range(0, len(self.x), chunk):
-            self.parts[part](slice(start, min(start + chunk, len(self.x))), logits, gradients)
+            self.parts[part](slice(start, min(start + chunk, len(self.x))), block, logits, gradients)
 
     def _time(self, part: str, *way: Any) -> float:
         return seconds(partial(self._run, part, *way), self.device)
 
-    def times(self) -> dict[str, float]:
+    def times(self, ways: dict[str, tuple]) -> dict[str, float]:
         """Of each part; on a GPU all parts are queued one after the other, as they are in a step."""
         if self.device != "cuda":
-            return {part: self._time(part, *way) for part, way in self.ways.items()}
-        runs = [partial(self._run, part, *way) for part, way in self.ways.items()]
-        return dict(zip(self.ways, queued_seconds(runs), strict=True))
+            return {part: self._time(part, *way) for part, way in ways.items()}
+        runs = [partial(self._run, part, *way) for part, way in ways.items()]
+        return dict(zip(ways, queued_seconds(runs), strict=True))
 
 
-def measure_time(case: Case, candidates: list[Candidate], repeats: int) -> tuple[dict, dict]:
-    """Seconds of each round: {part of the floor: [...]}, {candidate: [...], or why it did not run}."""
+def measure_time(case: Case, candidates: list[Candidate], repeats: int) -> tuple[dict, dict, dict]:
+    """Seconds of each round: {part of the floor: [...]}, the same of plain GEMMs, {candidate: [...], or why not}."""
     torch.compiler.reset()  # else a second shape is compiled with dynamic sizes
     tensors = case.operands()
     floor = Floor(tensors, case.device)
-    parts, times, failures = {part: [] for part in floor.parts}, {c.name: [] for c in candidates}, {}
+    best, plain = ({part: [] for part in floor.parts} for _ in range(2))
+    times, failures = {c.name: [] for c in candidates}, {}
     runs = {c.name: partial(step, c.loss(tensors[4]), c.leaves(tensors, case), case.divergence) for c in candidates}
     for _ in range(1 + repeats):
-        for part, duration in floor.times().items():
-            parts[part].append(duration)
+        for durations, ways in ((best, floor.best), (plain, floor.plain)):
+            for part, duration in floor.times(ways).items():
+                durations[part].append(duration)
         for name, run in runs.items():
             if name in failures:
                 continue
@@ -199,7 +212,8 @@ def measure_time(case: Case, candidates: list[Candidate], repeats: int) -> tuple
                 if name.startswith("ours"):
                     raise
                 failures[name] = _reason(error)
-    return {part: x[1:] for part, x in parts.items()}, {n: failures.get(n, x[1:]) for n, x in times.items()}
+    best, plain = ({part: x[1:] for part, x in durations.items()} for durations in (best, plain))
+    return best, plain, {name: failures.get(name, x[1:]) for name, x in times.items()}
 
 
 def measure_memory(case: Case, candidate: Candidate) -> int | str:
@@ -282,18 +296,18 @@ def measure(case: Case, names: list[str], repeats: int, workspace_mib: int) -> d
         candidates.insert(1, tenth)
         memory[tenth.name] = measure_memory(case, tenth)
     errors = measure_errors(case, candidates)
-    floor, times = measure_time(case, candidates, repeats)
-    floor = {part: statistics.median(x) for part, x in floor.items()}
+    *floors, times = measure_time(case, candidates, repeats)
+    floor, plain = ({part: statistics.median(x) for part, x in durations.items()} for durations in floors)
     rows = []
     for c in candidates:
         row: dict[str, Any] = {**c._asdict(), "extra_bytes": memory[c.name], "errors": errors.get(c.name, {})}
         if isinstance(times[c.name], str):
             rows.append({"name": c.name, "skipped": times[c.name]})
             continue
-        row["floor_s"] = sum(floor[part] for part in c.floor_parts(case))
+        row["floor_s"], row["plain_s"] = (sum(x[part] for part in c.floor_parts(case)) for x in (floor, plain))
         row |= {"median_s": statistics.median(times[c.name]), "min_s": min(times[c.name]), "times_s": times[c.name]}
-        rows.append({**row, "over_floor": row["median_s"] / row["floor_s"]})
-    return {"case": asdict(case), "floor_s": floor, "candidates": rows}
+        rows.append(row | {f"over_{name}": row["median_s"] / row[f"{name}_s"] for name in ("floor", "plain")})
+    return {"case": asdict(case), "floor_s": floor, "plain_s": plain, "candidates": rows}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -303,8 +317,10 @@ def show(result: dict[str, Any]) -> None:
         f"\n{case.divergence}: N {case.tokens} ({case.masked} % masked), V {case.vocab}, {case.student} <- "
         f"{case.teacher}, {case.dtype}, {case.device}"
     )
-    print("floor: " + ", ".join(f"{part} {1e3 * x:.1f} ms" for part, x in result["floor_s"].items()))
-    print(f"{'':<20}{'median ms':>11}{'min ms':>11}{'x floor':>9}{'extra MiB':>11}   relative gradient error")
+    for name in ("floor", "plain"):
+        print(f"{name}: " + ", ".join(f"{part} {1e3 * x:.1f} ms" for part, x in result[f"{name}_s"].items()))
+    columns = f"{'median ms':>11}{'min ms':>11}{'x floor':>9}{'x plain':>9}{'extra MiB':>11}"
+    print(f"{'':<20}{columns}   relative gradient error")
     for row in result["candidates"]:
         if "skipped" in row:
             print(f"{row['name']:<20}  skipped: {row['skipped']}")
@@ -312,7 +328,8 @@ def show(result: dict[str, Any]) -> None:
         extra = row["extra_bytes"]
         mib = f"{extra / 2**20:.0f}" if isinstance(extra, int) else "failed"
         errors = ", ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
-        times = f"{1e3 * row['median_s']:>11.1f}{1e3 * row['min_s']:>11.1f}{row['over_floor']:>9.2f}"
+        times = f"{1e3 * row['median_s']:>11.1f}{1e3 * row['min_s']:>11.1f}"
+        times += f"{row['over_floor']:>9.2f}{row['over_plain']:>9.2f}"
         print(f"{row['name']:<20}{times}{mib:>11}   {errors}")
         if mib == "failed":
             print(f"{'':<20}  memory: {extra}")
