@@ -1,11 +1,11 @@
 """Time, memory and gradient error of the loss, from hidden states to gradients: `python -m benchmarks.loss --help`.
 
-Time: all candidates in one process, round-robin over the rounds, the first of which is discarded; beside them, in the
-same rounds, the bare GEMMs that no method without approximation can avoid (the floor). On a GPU a round queues each of
-them several times, as a trainer does, after one more that is not timed: the host's overhead hides, and the clocks are
-those of a GPU at this very work, not at what came before. Memory: the peak beyond inputs and returned gradients, each
-candidate in a fresh process. Error: of the gradients at std(z - u) = 0.1, against plain PyTorch in fp64 on the same
-operands.
+Time: all candidates in one process, round-robin, there and back, the first round discarded; beside them, in the same
+rounds, the bare GEMMs that no method without approximation can avoid (the floor). Ratios are medians over rounds. On a
+GPU a round queues each of them several times, as a trainer does, after one more that is not timed: the host's overhead
+hides, and the clocks are those of a GPU at this very work, not at what came before. Memory: the peak beyond inputs and
+returned gradients, each candidate in a fresh process. Error: of the gradients at std(z - u) = 0.1, against plain
+PyTorch in fp64 on the same operands.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import pairwise
+from operator import truediv
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,21 +198,27 @@ def measure_time(case: Case, candidates: list[Candidate], repeats: int) -> tuple
     tensors = case.operands()
     floor = Floor(tensors, case.device)
     best, plain = ({part: [] for part in floor.parts} for _ in range(2))
-    times, failures = {c.name: [] for c in candidates}, {}
+    times: dict[str, list[float]] = {c.name: [] for c in candidates}
+    failures: dict[str, str] = {}
     runs = {c.name: partial(step, c.loss(tensors[4]), c.leaves(tensors, case), case.divergence) for c in candidates}
-    for _ in range(1 + repeats):
-        for durations, ways in ((best, floor.best), (plain, floor.plain)):
-            for part, duration in floor.times(ways).items():
-                durations[part].append(duration)
-        for name, run in runs.items():
-            if name in failures:
-                continue
-            try:
-                times[name].append(seconds(run, case.device))
-            except Exception as error:  # whatever a peer raises here is a result, not a reason to lose the others
-                if name.startswith("ours"):
-                    raise
-                failures[name] = _reason(error)
+
+    def measure_floor(durations: dict[str, list[float]], ways: dict[str, tuple]) -> None:
+        for part, duration in floor.times(ways).items():
+            durations[part].append(duration)
+
+    def measure_candidate(name: str) -> None:
+        try:
+            times[name].append(seconds(runs[name], case.device))
+        except Exception as error:  # whatever a peer raises here is a result, not a reason to lose the others
+            if name.startswith("ours"):
+                raise
+            failures[name] = _reason(error)
+
+    jobs = [partial(measure_floor, best, floor.best), partial(measure_floor, plain, floor.plain)]
+    for i in range(1 + repeats):
+        round_robin = jobs + [partial(measure_candidate, name) for name in runs if name not in failures]
+        for job in round_robin[:: 1 if i % 2 else -1]:
+            job()
     best, plain = ({part: x[1:] for part, x in durations.items()} for durations in (best, plain))
     return best, plain, {name: failures.get(name, x[1:]) for name, x in times.items()}
 
@@ -297,17 +304,19 @@ def measure(case: Case, names: list[str], repeats: int, workspace_mib: int) -> d
         memory[tenth.name] = measure_memory(case, tenth)
     errors = measure_errors(case, candidates)
     *floors, times = measure_time(case, candidates, repeats)
-    floor, plain = ({part: statistics.median(x) for part, x in durations.items()} for durations in floors)
     rows = []
     for c in candidates:
         row: dict[str, Any] = {**c._asdict(), "extra_bytes": memory[c.name], "errors": errors.get(c.name, {})}
         if isinstance(times[c.name], str):
             rows.append({"name": c.name, "skipped": times[c.name]})
             continue
-        row["floor_s"], row["plain_s"] = (sum(x[part] for part in c.floor_parts(case)) for x in (floor, plain))
         row |= {"median_s": statistics.median(times[c.name]), "min_s": min(times[c.name]), "times_s": times[c.name]}
-        rows.append(row | {f"over_{name}": row["median_s"] / row[f"{name}_s"] for name in ("floor", "plain")})
-    return {"case": asdict(case), "floor_s": floor, "plain_s": plain, "candidates": rows}
+        for name, parts in zip(("floor", "plain"), floors, strict=True):
+            rounds = [sum(x) for x in zip(*(parts[part] for part in c.floor_parts(case)), strict=True)]
+            row[f"{name}_s"] = statistics.median(rounds)
+            row[f"over_{name}"] = statistics.median(map(truediv, times[c.name], rounds))
+        rows.append(row)
+    return {"case": asdict(case), "floor_s": floors[0], "plain_s": floors[1], "candidates": rows}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -318,7 +327,8 @@ def show(result: dict[str, Any]) -> None:
         f"{case.teacher}, {case.dtype}, {case.device}"
     )
     for name in ("floor", "plain"):
-        print(f"{name}: " + ", ".join(f"{part} {1e3 * x:.1f} ms" for part, x in result[f"{name}_s"].items()))
+        parts = result[f"{name}_s"]
+        print(f"{name}: " + ", ".join(f"{part} {1e3 * statistics.median(x):.1f} ms" for part, x in parts.items()))
     columns = f"{'median ms':>11}{'min ms':>11}{'x floor':>9}{'x plain':>9}{'extra MiB':>11}"
     print(f"{'':<20}{columns}   relative gradient error")
     for row in result["candidates"]:
