@@ -226,17 +226,21 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     from okd.data import encode, read_jsonl
     from okd.evaluate import evaluate
-    from okd.exposure import exposure_bias
+    from okd.exposure import answerable_prompts, exposure_bias
     from okd.models import check_tokenizers, load_model, load_tokenizer
 
     if options.exposure_bias is not None and options.teacher is None:
         raise ValueError("expected a teacher to measure exposure bias against; got none: pass --teacher")
+    if options.exposure_bias is not None and options.exposure_bias < 1:
+        raise ValueError(f"expected --exposure-bias of at least 1 prompt; got {options.exposure_bias}")
     examples = read_jsonl(options.file)[: options.examples]
     tokenizer = load_tokenizer(options.student)
     if options.teacher is not None:
         check_tokenizers(tokenizer, load_tokenizer(options.teacher))
     encoded = encode(examples, tokenizer, max_length=options.max_length, chat_template=_chat_template(options))
     print(encoded.summary(), file=sys.stderr)
+    if options.exposure_bias is not None:
+        answerable_prompts(encoded.rows)  # raises before anything takes time
     student = load_model(options.student).to(_device())
     teacher: Any = None if options.teacher is None else load_model(options.teacher).to(_device())
     sizes = {name: getattr(options, name) for name in ("batch_size", "max_new_tokens", "vocab_size")}

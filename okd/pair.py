@@ -127,6 +127,10 @@ class StudentTeacher(nn.Module):
         self.student.gradient_checkpointing_enable(**options)
         if self.teacher is not None and self.args.online:
             self.teacher.gradient_checkpointing_enable(**options)
+            for module in self.teacher.modules():  # `train` sets the flag that some layers' own dropout looks at
+                if getattr(module, "gradient_checkpointing", False):
+                    for name in [n for n, x in vars(module).items() if "drop" in n and isinstance(x, float)]:
+                        setattr(module, name, 0.0)
             chosen = options.get("gradient_checkpointing_kwargs") or {}
             if not chosen.get("use_reentrant", False):
                 # For reentrant checkpoints, transformers gives the embeddings' output a gradient. It would take the

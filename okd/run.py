@@ -56,6 +56,22 @@ RECORDED = {  # transformers' options that decide a run, written down even at th
     ),
 }
 
+FREE_TO_CHANGE = {  # options that may be others where a run goes on; not the *_steps, which its checkpoint holds
+    *("output_dir", "max_steps", "num_train_epochs", "per_device_eval_batch_size", "save_total_limit", "use_cpu"),
+    *("gradient_checkpointing", "activation_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps"),
+    *(
+        "report_to",
+        "run_name",
+        "project",
+        "disable_tqdm",
+        "log_level",
+        "logging_dir",
+        "logging_first_step",
+        "ddp_backend",
+    ),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "push_to_hub", "hub_model_id"),
+}
+
 
 @dataclass
 class RunConfig:
@@ -75,9 +91,19 @@ class RunConfig:
     eval_examples: int | None = option(256, "held-out examples that are measured before and after training")
     eval_answers: int = option(32, "held-out prompts that are answered for ROUGE-L")
     eval_max_new_tokens: int = option(64, "longest such answer, in tokens")
-    dtype: str = option("auto", "dtype of the weights: auto, float32, bfloat16, float16")
+    dtype: str = option(
+        "auto", "dtype of the weights: float32, bfloat16, or auto: as saved, but float32 for the student, which trains"
+    )
     resume: bool = option(False, "go on from the last checkpoint in output_dir")
     overwrite: bool = option(False, "remove the run that output_dir holds")
+
+    def __post_init__(self) -> None:
+        for name, least in (("eval_examples", 1), ("eval_answers", 0), ("eval_max_new_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"expected {name} of at least {least}; got {value}")
+        if not 0 < self.eval_share < 1:
+            raise ValueError(f"expected eval_share between 0 and 1; got {self.eval_share}")
 
 
 def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
@@ -110,6 +136,8 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
 
     # Before the trainer, whose accelerator would miss what this sets up anew.
     written_config = yaml.safe_dump(exact_config(config, args), sort_keys=False)
+    if checkpoint:
+        _check_same_run(output_dir / "config.yaml", written_config)
     trainer = OKDTrainer(
         student,
         teacher,
@@ -123,12 +151,6 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
             "expected whole models on each process, as this command evaluates before and after; got sharded ones: call "
             "OKDTrainer from a script, and okd evaluate afterwards"
         )
-    trainer.accelerator.wait_for_everyone()  # all have looked at output_dir
-    if first_process:
-        if config.overwrite and not checkpoint:
-            _remove_run(output_dir)
-        _write(output_dir / "config.yaml", written_config)
-
     prompts = {example["id"]: example["prompt"] for example in held_out if "prompt" in example}
 
     def measure() -> tuple[dict[str, Any], list[dict[str, str]]]:
@@ -153,8 +175,12 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
         before, answers_before = json.loads(before_file.read_text())
     else:
         before, answers_before = measure()
-        if first_process:
-            _write(before_file, json.dumps([before, answers_before]))
+    trainer.accelerator.wait_for_everyone()  # all have looked at output_dir
+    if first_process:
+        if config.overwrite and not checkpoint:
+            _remove_run(output_dir)
+        _write(output_dir / "config.yaml", written_config)
+        _write(before_file, json.dumps([before, answers_before]))
     training_started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     training_seconds = time.perf_counter() - training_started
@@ -227,7 +253,7 @@ def _examples(
 
 def _check_output_dir(config: RunConfig, output_dir: Path) -> str | None:
     """The checkpoint to go on from, or None. Raises FileExistsError rather than touch another run."""
-    holds_run = (output_dir / "config.yaml").exists() or (output_dir / "metrics.json").exists()
+    holds_run = output_dir.is_dir() and any(map(_is_of_a_run, output_dir.iterdir()))
     if config.resume:
         checkpoint = transformers.trainer_utils.get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
         if checkpoint is None:
@@ -243,10 +269,31 @@ def _check_output_dir(config: RunConfig, output_dir: Path) -> str | None:
     return None
 
 
+def _check_same_run(path: Path, written_config: str) -> None:
+    """Raise ValueError where a run would go on with other options than it began with, but for `FREE_TO_CHANGE`."""
+    if not path.is_file():
+        return
+    old, new = yaml.safe_load(path.read_text()), yaml.safe_load(written_config)
+    differing = sorted(
+        name
+        for name in {*old, *new}
+        if old.get(name, "default") != new.get(name, "default") and name not in FREE_TO_CHANGE
+    )
+    if differing:
+        shown = ", ".join(f"{n} (was {old.get(n, 'default')}, now {new.get(n, 'default')})" for n in differing)
+        raise ValueError(
+            f"expected the options with which the run in {path.parent} began; got other ones for {shown}: pass "
+            f"--config {path} --resume, or start a new run"
+        )
+
+
+def _is_of_a_run(path: Path) -> bool:
+    return path.name in RUN_FILES or path.name.startswith(("checkpoint-", "non_finite_batch_"))
+
+
 def _remove_run(output_dir: Path) -> None:
-    for path in output_dir.iterdir():
-        if path.name in RUN_FILES or path.name.startswith(("checkpoint-", "non_finite_batch_")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in filter(_is_of_a_run, list(output_dir.iterdir())):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _models(config: RunConfig) -> tuple[Any, Any, Any]:
@@ -260,7 +307,8 @@ def _models(config: RunConfig) -> tuple[Any, Any, Any]:
         student_tokenizer = load_tokenizer(config.student)
         if tokenizer is not None:
             check_tokenizers(student_tokenizer, tokenizer)
-        tokenizer, student = student_tokenizer, load_model(config.student, config.dtype)
+        tokenizer = student_tokenizer
+        student = load_model(config.student, "float32" if config.dtype == "auto" else config.dtype)
     else:
         student = teacher
     if config.student_layers is not None:
@@ -268,6 +316,8 @@ def _models(config: RunConfig) -> tuple[Any, Any, Any]:
         student = keep_layers(student, parse_layers(config.student_layers, n_layers))
     elif student is teacher:
         student = copy.deepcopy(teacher)
+    if config.dtype == "auto":
+        student = student.float()
     for source in config.more_teachers or []:
         if not is_adapter(source):
             check_tokenizers(tokenizer, load_tokenizer(source))

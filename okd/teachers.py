@@ -38,8 +38,11 @@ def prepare_teacher(
     Raises ValueError where something else would train, or where the method wants another number of teachers.
     """
     if isinstance(teacher, list | tuple):
+        for member in teacher:
+            _refuse_injected(member)
         teacher = Ensemble(teacher) if len(teacher) > 1 else teacher[0]
     check_number_of_teachers(args, len(teacher.members) if isinstance(teacher, Ensemble) else 1)
+    _refuse_injected(teacher)
     if hasattr(teacher, "peft_config"):
         teacher.adapter_is_online = args.online  # else it is part of the teacher, to `base_teacher` too
     if not args.online:
@@ -63,10 +66,27 @@ def prepare_teacher(
         )
     if not training:
         raise ValueError(
-            "expected a teacher whose online module trains; all of its parameters are frozen: load the adapter with "
-            "is_trainable=True, or use a method with a frozen teacher"
+            "expected a teacher whose online module trains; all of its parameters are frozen: merge the adapter that "
+            "it has, load it with PeftModel.from_pretrained(teacher, directory, is_trainable=True) to train it, or "
+            "use a method with a frozen teacher"
         )
     return teacher
+
+
+def _refuse_injected(teacher: Any) -> None:
+    """Raise ValueError for a model that PEFT has wrapped, which holds an adapter that nobody can switch off."""
+    if hasattr(teacher, "disable_adapter") or not hasattr(teacher, "peft_config"):
+        return
+    if getattr(teacher, "_hf_peft_config_loaded", False):  # transformers has loaded it with an adapter, its own
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    if any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in teacher.modules()):
+        raise ValueError(
+            "expected a teacher as it was loaded, or a PEFT model; got a model that an online module has been put "
+            "into, as OKDTrainer does in place: pass trainer.pair.teacher, or load the teacher again"
+        )
 
 
 def check_vocabularies(student: Any, teacher: Any, vocab_size: int | None) -> None:
@@ -155,8 +175,10 @@ def _query_and_value(model: nn.Module) -> list[str] | None:
 def base_teacher(teacher: Any) -> Iterator[None]:
     """The teacher as it was before its online module: the judge of student and teacher. Of several, the first.
 
-    An adapter that a run keeps frozen stays on: there it belongs to the teacher.
+    An adapter that a run keeps frozen stays on: there it belongs to the teacher. Raises ValueError for a model that
+    holds an online module without being the PEFT model around it.
     """
+    _refuse_injected(teacher)
     if not hasattr(teacher, "disable_adapter") or not getattr(teacher, "adapter_is_online", True):
         yield
         return
@@ -176,7 +198,8 @@ def distance_from_base(pair: StudentTeacher, batch: Batch, normalizer: Any = Non
     """
     with base_teacher(pair.teacher):
         base, base_head = pair.teacher_rows(batch), LinearHead.from_model(pair.teacher)
-    targets, options = batch["targets"], {"teacher": None, "teacher_head": base_head}
+    targets = batch["targets"]
+    options = {"teacher": None, "teacher_head": base_head, "temperature": 1.0}  # as in evaluations
     loss = pair.distil(pair.student_rows(batch), base, targets, normalizer, **options)
     if not pair.args.online:
         return loss

@@ -50,17 +50,19 @@ class OKDTrainer(Trainer):
     `OKDTrainer(student, teacher, OKDConfig(output_dir=...), train_dataset=..., processing_class=tokenizer).train()`
 
     Args:
-        student, teacher: transformers causal LMs with one tokenizer. With an online method, the teacher gets its online
-            module here unless it is a PEFT model already. Methods that choose among several take a list, or an
-            `okd.teachers.Ensemble`; evaluation measures against the first. `teacher=None` with `method="sft"` only.
+        student, teacher: transformers causal LMs with one tokenizer. The student's weights should be fp32 (`bf16=True`
+            computes in bf16 all the same). With an online method, the teacher gets its online module here, in place,
+            unless it is a PEFT model already; use `trainer.pair.teacher` from then on. Methods that choose among
+            several take a list, or an `okd.teachers.Ensemble`; evaluation measures against the first. `teacher=None`
+            with `method="sft"` only.
         train_dataset, eval_dataset: examples (`messages`, `prompt` + `completion`, or `text`), or `okd.data.encode`'s.
         processing_class: the tokenizer.
 
     It saves the student (plain `from_pretrained` loads it) and the teacher's adapter, and resumes from checkpoints.
 
     Raises:
-        ValueError: nothing would train, a base weight of the teacher would, a head does more than a matrix product, or
-            the heads have different numbers of rows and `vocab_size` is not given.
+        ValueError: nothing would train, fp16 weights would, a base weight of the teacher would, a head does more than a
+            matrix product, or the heads have different numbers of rows and `vocab_size` is not given.
         FloatingPointError: a loss is not finite; the ids of its batch are saved first.
     """
 
@@ -85,16 +87,22 @@ class OKDTrainer(Trainer):
             teacher = None
         train_rows, eval_rows = (_rows(data, processing_class, args) for data in (train_dataset, eval_dataset))
         collator = kwargs.pop("data_collator", None) or Collator(processing_class.pad_token_id)
-        if teacher is not None:
-            teacher = prepare_teacher(teacher, args, student, train_rows, collator)
-        for name, model in (("student", student), ("teacher", teacher)):
-            if model is not None and not isinstance(model, Ensemble):  # which has checked its members
-                check_head(model, name)
-        if teacher is not None:
-            check_vocabularies(student, teacher, args.vocab_size)
-        _warn_of_long_rows((student, teacher), [*(train_rows or ()), *(eval_rows or ())])
         if not any(p.requires_grad for p in student.parameters()):
             raise ValueError("expected a student with trainable parameters; all are frozen: call requires_grad_()")
+        _check_trained_dtypes("student", student)
+        check_head(student, "student")
+        if teacher is not None:
+            if isinstance(teacher, list | tuple) and len(teacher) == 1:
+                (teacher,) = teacher
+            several = isinstance(teacher, list | tuple | Ensemble)
+            if not several:  # before the online module goes in: a teacher that is refused stays as it was
+                check_head(teacher, "teacher")
+                check_vocabularies(student, teacher, args.vocab_size)
+            teacher = prepare_teacher(teacher, args, student, train_rows, collator)
+            if several:  # the ensemble has checked its members' heads
+                check_vocabularies(student, teacher, args.vocab_size)
+            _check_trained_dtypes("teacher's online module", teacher)
+        _warn_of_long_rows((student, teacher), [*(train_rows or ()), *(eval_rows or ())])
         super().__init__(
             model=StudentTeacher(student, teacher, args),
             args=args,
@@ -125,7 +133,12 @@ class OKDTrainer(Trainer):
 
     # --- the step ---
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint and self.is_fsdp_enabled:
+            raise ValueError(
+                "expected whole models on each process to resume; got FSDP's shards: start anew from the checkpoint's "
+                "student and adapter, or use DDP"
+            )
         if self.args.preset.sequences != "dataset" and self.is_sharded:
             raise ValueError(
                 f"expected whole models on each process with method {self.args.method}, which samples responses of "
@@ -139,7 +152,7 @@ class OKDTrainer(Trainer):
                     "set it in fsdp_config, or as fsdp_state_dict_type in accelerate's configuration"
                 )
         self._logged_at = self.sampler.since = time.perf_counter()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one optimizer step, rewritten by the method's sampling policy, and their response tokens."""
@@ -326,8 +339,26 @@ def _rows(data: Any, tokenizer: Any, args: OKDConfig) -> list[dict[str, Any]] | 
     if isinstance(data, Encoded):
         return data.rows
     encoded = encode(data, tokenizer, max_length=args.max_length, chat_template=args.chat_template)
-    logger.info(encoded.summary())
+    logger.log(logging.WARNING if encoded.truncated or encoded.skipped else logging.INFO, encoded.summary())
     return encoded.rows
+
+
+def _check_trained_dtypes(name: str, model: nn.Module) -> None:
+    """Raise ValueError where fp16 weights would train, warn where bf16 ones would.
+
+    AdamW moves a weight by about the learning rate, which bf16 rounds away from 256 of them on.
+    """
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    if torch.float16 in dtypes:
+        raise ValueError(
+            f"expected the {name} in float32, since its weights train; got float16, which loses their updates: call "
+            ".float() on it (okd train: --dtype float32), and pass fp16=True to compute in fp16"
+        )
+    if torch.bfloat16 in dtypes:
+        logger.warning(
+            f"expected the {name} in float32, since its weights train; got bfloat16, in which updates below a 256th of "
+            "a weight are lost: call .float() on it (okd train: --dtype float32), and pass bf16=True to compute in bf16"
+        )
 
 
 def _warn_of_long_rows(models: Sequence[Any], rows: Sequence[dict[str, Any]]) -> None:

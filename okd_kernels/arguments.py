@@ -14,7 +14,7 @@ from okd_kernels.divergences import DIVERGENCES, Objective
 from okd_kernels.heads import LinearHead
 
 BACKENDS = ("auto", "triton", "torch", "reference")
-WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # where the GEMMs are near their peak: see README, "Measured"
+WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # where the GEMMs are near their peak: see benchmarks/RESULTS.md
 
 
 def check_objectives(student, teacher, labels) -> list[Objective | None]:
@@ -26,7 +26,7 @@ def check_objectives(student, teacher, labels) -> list[Objective | None]:
 
 
 def gemm_operands(name: str, hidden: Tensor, head: LinearHead) -> tuple[Tensor, LinearHead]:
-    """Hidden states and head in the dtype of their GEMM: autocast's where it is on."""
+    """Hidden states and head in the dtype of their GEMM: autocast's where it is on, which leaves fp64 alone."""
     if not hidden.is_floating_point():
         raise TypeError(f"expected floating-point {name}_hidden; got {hidden.dtype}")
     if hidden.dim() < 1 or hidden.shape[-1] != head.weight.shape[1]:
@@ -38,7 +38,7 @@ def gemm_operands(name: str, hidden: Tensor, head: LinearHead) -> tuple[Tensor, 
         raise ValueError(
             f"expected the {name}'s head on {hidden.device}, as its hidden states; got {head.weight.device}"
         )
-    if torch.is_autocast_enabled(hidden.device.type):
+    if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, head.weight.dtype):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         return hidden.to(dtype), head.cast(dtype)
     if hidden.dtype != head.weight.dtype:
@@ -93,7 +93,7 @@ def check_teacher_share(teacher_share: float, teacher: Objective | None) -> None
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The backend that will run on `device` for row mathematics in `dtype`: "auto" resolved, any other checked.
 
-    Triton's rows are in fp32, so fp64 goes to PyTorch's. Raises ValueError.
+    Triton's rows are in fp32: "auto" brings fp64 to PyTorch's. Raises ValueError.
     """
     if backend not in BACKENDS:
         raise ValueError(f"expected backend to be one of {', '.join(BACKENDS)}; got {backend!r}")
@@ -104,6 +104,8 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype = tor
         raise ValueError(
             "expected Triton for backend='triton'; it is not installed: pip install triton, or backend='torch'"
         )
+    if backend == "triton" and dtype != torch.float32:
+        raise ValueError(f"expected operands of at most fp32 for backend='triton'; got {dtype}: use backend='auto'")
     if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             "expected CUDA or ROCm tensors for backend='triton'; got cpu: use backend='auto', or set "

@@ -35,8 +35,8 @@ class Model(NamedTuple):
     logit_scale: float
     softcap: float | None
     objective: Objective | None
-    scale: Tensor | None  # () factor of the gradients; None: the rows' factors hold it
-    grad_hidden: Tensor | None = None  # (N, D), hidden's dtype
+    scale: Tensor | None  # () factor of the sums, still to be multiplied; None: the rows' factors hold it
+    grad_hidden: Tensor | None = None  # (N, D), hidden's dtype or wider
     grad_weight: Tensor | None = None  # (V, D), fp32 or wider; rows beyond vocab_size are not written
     grad_bias: Tensor | None = None  # (V,), likewise
     grad_low: Tensor | None = None  # (N, r), as grad_hidden
@@ -117,8 +117,8 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.add_(torch.mm(a, b))
 
 
-def _backward(model: Model, rows: slice, gradient: Tensor, scratch: Tensor, labels: Tensor | None) -> None:
-    """The backward GEMMs of one chunk; gradient: (c, V) of its logits; scratch: `scratch_size(c, model)` elements."""
+def backward(model: Model, rows: slice, gradient: Tensor, labels: Tensor | None) -> None:
+    """The backward GEMMs of one chunk; gradient: (c, V) of its logits."""
     v, first = gradient.shape[1], rows.start == 0
     ignored = None if labels is None else (labels[rows] < 0).unsqueeze(1)
     for hidden, weight, grad_hidden, grad_weight in (
@@ -128,24 +128,13 @@ def _backward(model: Model, rows: slice, gradient: Tensor, scratch: Tensor, labe
         if hidden is None or weight is None:
             continue
         if grad_hidden is not None:
-            dx = grad_hidden[rows]
-            if model.scale is not None:
-                dx = scratch[: dx.numel()].view_as(dx)
-            _accumulate(dx, gradient, weight[:v], first=True)
-            if model.scale is not None:
-                torch.mul(dx, model.scale, out=grad_hidden[rows])
+            _accumulate(grad_hidden[rows], gradient, weight[:v], first=True)
         if grad_weight is not None:
             x = hidden[rows] if ignored is None else hidden[rows].masked_fill(ignored, 0)  # they may hold NaN
             _accumulate(grad_weight[:v], gradient.t(), x, first)
     if model.grad_bias is not None:
         total = gradient.sum(0, dtype=model.grad_bias.dtype)
         model.grad_bias[:v] = total if first else model.grad_bias[:v] + total
-
-
-def scratch_size(rows: int, *models: Model) -> int:
-    """Elements that `_backward` needs to sum a chunk's hidden gradients in before it scales them."""
-    scaled = [w for m in models if m.learns and m.scale is not None for w in (m.weight, m.up) if w is not None]
-    return rows * max((w.shape[1] for w in scaled), default=0)
 
 
 def chunk_rows(n: int, row_bytes: int, workspace_bytes: int) -> int:
@@ -181,7 +170,7 @@ def run_chunks(
     n, work = losses.shape[0], row_backend(backend)
     width = row_stride(vocab_size)
     chunk = chunk_rows(n, 2 * vocab_size * losses.element_size(), workspace_bytes)  # a power of two stays one
-    *buffers, scratch = workspace((chunk, width), (chunk, width), (scratch_size(chunk, *models),), like=losses)
+    buffers = workspace((chunk, width), (chunk, width), like=losses)
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
         sides = [project(model, rows, buffer, vocab_size) for model, buffer in zip(models, buffers, strict=True)]
@@ -197,4 +186,4 @@ def run_chunks(
         )
         for model, side in zip(models, sides, strict=True):
             if side.gradient is not None:
-                _backward(model, rows, side.gradient[:, :vocab_size], scratch, labels)
+                backward(model, rows, side.gradient[:, :vocab_size], labels)

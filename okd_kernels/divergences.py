@@ -335,8 +335,16 @@ class Objective:
 
     @classmethod
     def of(cls, objective: str | Objective) -> Objective:
-        """The objective itself, or the one that a divergence's name stands for."""
+        """The objective itself, or the one that a divergence's name stands for. Raises TypeError for anything else."""
+        if not isinstance(objective, str | cls):
+            raise TypeError(f"expected a divergence's name or an Objective; got {objective!r}")
         return cls(objective) if isinstance(objective, str) else objective
+
+    def loss(self, divergence: Tensor, nll: Tensor, temperature: float) -> Tensor:
+        """weight T^2 divergence + ce_weight nll; a weight of 0 drops its term, even where that is infinite."""
+        terms = ((self.weight * temperature**2, divergence), (self.ce_weight, nll))
+        kept = [weight * term for weight, term in terms if weight != 0]
+        return kept[0] + kept[1] if len(kept) == 2 else kept[0] if kept else torch.zeros_like(nll)
 
     @property
     def dual(self) -> Objective:

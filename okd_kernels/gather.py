@@ -56,5 +56,5 @@ class _GatheredProducts(torch.autograd.Function):
 
 def _chunks(ids: Tensor, width: int) -> Iterator[slice]:
     n, k = ids.shape
-    step = max(1, CHUNK_ELEMENTS // (k * width))
+    step = max(1, CHUNK_ELEMENTS // max(1, k * width))
     return (slice(start, start + step) for start in range(0, n, step))

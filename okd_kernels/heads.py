@@ -10,6 +10,16 @@ from torch import Tensor, nn
 
 from okd_kernels.gather import gathered_products
 
+SCALES = {  # configurations' names for a factor of the logits, and the power that it has
+    "logit_scale": 1,  # Cohere
+    "logits_scaling": -1,  # Granite, MiniCPM3
+    "lm_head_multiplier": 1,  # Falcon-H1
+    "output_multiplier": 1,  # Muse
+    "logits_mup_width_multiplier": -1,  # Inkling
+}
+MULTIPLY_BY_LOGITS_SCALING = ("hyperclovax",)  # model types
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+
 
 @dataclass(frozen=True)
 class LinearHead:
@@ -85,8 +95,8 @@ class LinearHead:
     def from_model(cls, model: Any) -> LinearHead:
         """Read the head off a transformers causal LM (or a PEFT model around one), without importing either.
 
-        Honours `final_logit_softcapping` (Gemma), `logit_scale` (Cohere), `logits_scaling` (Granite) and
-        `lm_head_multiplier` (Falcon-H1), and a LoRA that is active on the head.
+        Honours the scales and softcaps that configurations have (`SCALES`, `SOFTCAPS`), and a LoRA that is active on
+        the head. What a model's code does without saying so in its configuration is not seen.
 
         Raises:
             ValueError: there is no output embedding.
@@ -99,11 +109,16 @@ class LinearHead:
         head = cls.of(layer)
         config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
         scale = 1.0
-        for name, factor in (("logit_scale", 1), ("logits_scaling", -1), ("lm_head_multiplier", 1)):
-            value = getattr(config, name, None)
-            if value is not None:
-                scale *= float(value) ** factor
-        return cls(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None), head.lora)
+        for name, power in SCALES.items():
+            if (value := getattr(config, name, None)) is not None:
+                if not isinstance(value, int | float):
+                    raise TypeError(
+                        f"expected the configuration's {name} as a number; got {value!r}: pass a LinearHead"
+                    )
+                inverted = name == "logits_scaling" and config.model_type in MULTIPLY_BY_LOGITS_SCALING
+                scale *= float(value) ** (-power if inverted else power)
+        softcap = next((cap for name in SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
+        return cls(head.weight, head.bias, scale, softcap, head.lora)
 
     def cast(self, dtype: torch.dtype) -> LinearHead:
         """The same head in another dtype; gradients flow through the cast."""

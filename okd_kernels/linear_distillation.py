@@ -64,15 +64,17 @@ def linear_distillation_loss(
         teacher_share: t. Below 1, the student's target is softmax((1 - t) z + t u) of its own logits z, held still, and
             the teacher's u (TAID, arXiv 2501.16937); so are the metrics'. For a frozen teacher.
         token_weights: (...,) factor of each token's loss.
-        normalizer: divisor of the mean; default: the number (or total weight) of counted tokens. Under gradient
-            accumulation pass the number of tokens of the whole batch.
+        normalizer: divisor of the mean; default: the number (or total weight) of counted tokens; 0 makes loss and
+            gradients 0. Under gradient accumulation pass the number of tokens of the whole batch.
         reduction: "mean", "sum", or "none": per token, differentiable, recomputed in backward.
         vocab_size: columns shared by both heads when they are padded differently; later columns exist for neither.
         workspace_bytes: bound of the two chunk buffers, padding aside; default 256 MiB on a CPU, 2 GiB on a GPU.
         backend: "auto" (triton on GPUs, torch elsewhere), "triton", "torch", "reference". Never falls back silently.
 
     Returns:
-        A `DistillationLoss`. Call `.total.backward()`, or backward on either side's loss.
+        A `DistillationLoss`. Call `.total.backward()`, or backward on one side's loss: the other gets no gradient then
+        (under torch.compile zeros).
+        Both apart take `retain_graph=True` on the first.
 
     Raises:
         TypeError, ValueError: what was expected, what came, what to do.
@@ -92,6 +94,8 @@ def linear_distillation_loss(
 
     if backend == "reference":
         wide = ops.wide(hiddens[0].dtype, hiddens[1].dtype)
+        if rows.labels is not None:  # ignored rows may hold NaN, which their zero gradients would bring to the heads
+            hiddens = [hidden.masked_fill((rows.labels < 0).unsqueeze(1), 0) for hidden in hiddens]
         with torch.autocast(student_hidden.device.type, enabled=False):
             logits = [
                 head.cast(wide).logits(hidden.to(wide), vocab_size) for hidden, head in zip(hiddens, heads, strict=True)
@@ -105,7 +109,7 @@ def linear_distillation_loss(
                 temperature=temperature,
                 teacher_share=teacher_share,
             )
-        return rows.reduce(losses, statistics, objectives)
+        return rows.reduce(*losses.unbind(1), statistics, objectives)
 
     operands = [
         operand
@@ -129,12 +133,12 @@ def linear_distillation_loss(
     )
     per_token = reduction == "none"
     weights, scale = rows.weights(ops.wide(hiddens[0].dtype, hiddens[1].dtype))
-    totals, losses, statistics, *_ = ops.linear_distillation(
+    student_total, teacher_total, *losses, statistics = ops.linear_distillation(
         *operands, rows.labels, weights, scale, per_token, *options
-    )
+    )[:5]
     if per_token:
-        return rows.reduce(losses, statistics, objectives)
-    return DistillationLoss(totals[0], None if objectives[1] is None else totals[1], rows.metrics(statistics))
+        return rows.reduce(*losses, statistics, objectives)
+    return DistillationLoss(student_total, None if objectives[1] is None else teacher_total, rows.metrics(statistics))
 
 
 def distillation_loss(
@@ -180,17 +184,18 @@ def distillation_loss(
     if backend == "reference":
         wide = ops.wide(z.dtype, u.dtype)
         z, u = z[:, :vocab_size].to(wide), u[:, :vocab_size].to(wide)
-        losses, statistics = reference_losses(
+        both, statistics = reference_losses(
             z, u, rows.labels, student=objectives[0], teacher=objectives[1], temperature=temperature
         )
+        losses = both.unbind(1)
     else:
         learns = torch.is_grad_enabled()
         needs = [learns and x.requires_grad and o is not None for x, o in zip((z, u), objectives, strict=True)]
         z, u = (x if x.stride(-1) == 1 else x.contiguous() for x in (z, u))
-        losses, statistics, *_ = ops.logit_distillation(
+        *losses, statistics = ops.logit_distillation(
             z, u, rows.labels, *_packed(objectives), float(temperature), vocab_size, backend, needs
-        )
-    return rows.reduce(losses, statistics, objectives)
+        )[:3]
+    return rows.reduce(*losses, statistics, objectives)
 
 
 class LinearDistillationLoss(nn.Module):

@@ -23,9 +23,11 @@ PER_SIDE = 5  # operands of a side: hidden, weight, bias, and a LoRA's low and u
 BY_ROW = (0, 3)  # those of them that have a row for each token
 N_OPERANDS = 2 * PER_SIDE  # the first arguments of linear_distillation
 
-# Totals, per-token losses, statistics, and a gradient for each operand: operators cannot return tuples of any length.
+# Both totals, both per-token losses, statistics, and a gradient for each operand: operators cannot return tuples of any
+# length.
 Outputs = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]  # fmt: skip
 
 
@@ -66,11 +68,16 @@ def counted_rows(labels: Tensor | None) -> Tensor | None:
     return (labels >= 0).nonzero().squeeze(1)
 
 
+def gradient_dtype(operand: Tensor) -> torch.dtype:
+    """Of a gradient that waits for its upstream factor: fp32 for fp16, which holds it only after a GradScaler's."""
+    return torch.float32 if operand.dtype == torch.float16 else operand.dtype
+
+
 def _empty_gradient(operand: Tensor | None, like: Tensor, need: bool, by_row: bool = True) -> Tensor:
     """An output for the operand's gradient; without elements where none is wanted (operators cannot return None)."""
     if operand is None or not need:
         return like.new_empty(0)
-    return _uninitialised(operand, operand.dtype, by_row)
+    return _uninitialised(operand, gradient_dtype(operand), by_row)
 
 
 def _uninitialised(operand: Tensor, dtype: torch.dtype, by_row: bool) -> Tensor:
@@ -125,7 +132,8 @@ def linear_distillation(
     backend: str,
     needs: Sequence[bool],  # which of the operands want a gradient
 ) -> Outputs:
-    """Totals (2,), per-token losses (N, 2), statistics (N, 7), and the totals' gradients in the operands' order."""
+    """Totals () and per-token losses (N,) of student and teacher, statistics (N, 7), and the totals' gradients in the
+    operands' order."""
     operands: tuple[Any, ...] = (
         *(student_hidden, student_weight, student_bias, student_low, student_up),
         *(teacher_hidden, teacher_weight, teacher_bias, teacher_low, teacher_up),
@@ -176,13 +184,15 @@ def linear_distillation(
         losses[kept], statistics[kept] = row_losses, row_statistics
     for i, model in enumerate(models):
         _finish(gradients[PER_SIDE * i :], model, kept, vocab_size)
-    return (losses * row_weights).sum(0) * scale, losses, statistics, *gradients  # type: ignore[return-value]
+    totals = (losses * row_weights).sum(0) * scale
+    by_side = [x.clone() for x in (*totals.unbind(), *losses.unbind(1))]  # else they would alias
+    return *by_side, statistics, *gradients  # type: ignore[return-value]
 
 
 def _sum_buffer(operand: Tensor | None, output: Tensor, by_row: bool, compacted: bool) -> Tensor:
     """What an operand's gradient is summed in: the output itself where its rows and dtype allow."""
     assert operand is not None
-    dtype = operand.dtype if by_row else wide(operand.dtype)
+    dtype = gradient_dtype(operand) if by_row else wide(operand.dtype)
     if output.dtype == dtype and not (by_row and compacted):
         return output
     return _uninitialised(operand, dtype, by_row)
@@ -191,6 +201,8 @@ def _sum_buffer(operand: Tensor | None, output: Tensor, by_row: bool, compacted:
 def _finish(outputs: list[Tensor], model: Model, kept: Tensor | None, vocab_size: int) -> None:
     """Scale the summed gradients, once, and bring them to the operands' rows and dtypes."""
     for output, rows in ((outputs[0], model.grad_hidden), (outputs[3], model.grad_low)):
+        if rows is not None and model.scale is not None:
+            rows.mul_(model.scale)
         if rows is not None and kept is not None:
             output.zero_().index_copy_(0, kept, rows)
     for output, total in ((outputs[1], model.grad_weight), (outputs[2], model.grad_bias), (outputs[4], model.grad_up)):
@@ -208,7 +220,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     operands, per_token, needs = arguments[:N_OPERANDS], arguments[N_OPERANDS + 3], arguments[-1]
     losses, statistics = _row_outputs(operands[0], operands[PER_SIDE])
     gradients = empty_gradients(operands, losses, [need and not per_token for need in needs])
-    return losses.new_empty(2), losses, statistics, *gradients
+    by_side = [x.clone() for x in (*losses.new_empty(2).unbind(), *losses.unbind(1))]
+    return *by_side, statistics, *gradients
 
 
 def normalise(upstream: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,12 +231,14 @@ def normalise(upstream: Tensor) -> tuple[Tensor, Tensor]:
     return upstream / scale, scale
 
 
-def times(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    """upstream * gradient, in place where this is the last backward through the graph: no second dW is allocated.
+def kept_for_another_backward(gradient: Tensor) -> bool:
+    """Whether to leave it as it is: under `retain_graph=True`, and while `torch.compile` traces."""
+    return type(gradient) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph()
 
-    Out of place under `retain_graph=True`, which may come back for it, and while `torch.compile` traces.
-    """
-    if type(gradient) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
+
+def times(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
+    """upstream * gradient, in place where this is the last backward through the graph: no second dW is allocated."""
+    if kept_for_another_backward(gradient):
         return (gradient * upstream).to(gradient.dtype)
     if upstream.device.type == "cpu" and upstream == 1:
         return gradient
@@ -254,39 +269,49 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
     return wrapper
 
 
-def differentiate(operator: Any, n_operands: int, per_token: int, backend: Callable[[Tensor, Any], str]) -> None:
+def differentiate(operator: Any, sides: int, per_token: int, backend: Callable[[Tensor, Any], str]) -> None:
     """Register the backward pass of an operator that makes its operands' gradients along with its values.
 
     Inputs: operands, other tensors, row weights, scale, `per_token` (at that position), options, the last of which says
-    which operands need a gradient. Outputs: totals () or (2,), losses, statistics, gradients. `backend` tells from
-    upstream and options who multiplies. Where losses per token are differentiated, their upstream weights a second run.
+    which operands need a gradient. Outputs: totals of each side, losses of each, statistics, gradients. `backend` tells
+    from upstream and options who multiplies. A side whose loss nobody differentiates gets no gradient, not zeros. Where
+    losses per token are differentiated, their upstream weights a second run.
     """
+    n_operands, made = PER_SIDE * sides, 2 * sides + 1  # gradients come after totals, losses and statistics
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.per_token, ctx.options = inputs[per_token], inputs[per_token + 1 :]
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs[:n_operands]]
         ctx.set_materialize_grads(False)  # else autograd would fill a zero dW for every output that nobody used
-        ctx.save_for_backward(*(inputs[: per_token - 2] if ctx.per_token else output[3:]))
+        saved = inputs[: per_token - 2] if ctx.per_token else output[made:]
+        # A frozen teacher may have run in inference mode, whose tensors autograd does not save.
+        ctx.save_for_backward(*(x.clone() if x is not None and x.is_inference() else x for x in saved))
 
     @once_differentiable
-    def backward(ctx: Any, totals: Tensor | None, losses: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        needs, none = ctx.options[-1], (None,) * (per_token + 1 - n_operands + len(ctx.options))
-        upstream = losses if ctx.per_token else totals
-        if upstream is None:
-            return (None,) * n_operands + none
-        if ctx.per_token:
-            gradients = operator(*ctx.saved_tensors, *normalise(upstream), False, *ctx.options)[3:]
-        else:
-            by, factors = backend(upstream, ctx.options), upstream.reshape(-1)  # (1,) or (2,): of each side
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        *options, needs = ctx.options
+        by_side = upstream[sides : 2 * sides] if ctx.per_token else upstream[:sides]
+        needs = [need and by_side[i // PER_SIDE] is not None for i, need in enumerate(needs)]
+        given = next((x for x in by_side if x is not None), None)
+        gradients: list[Tensor | None] = [None] * n_operands
+        if given is not None and ctx.per_token:
+            columns = [torch.zeros_like(given) if x is None else x for x in by_side]
+            weights = columns[0] if sides == 1 else torch.stack(columns, 1)
+            gradients = operator(*ctx.saved_tensors, *normalise(weights), False, *options, needs)[made:]
+        elif given is not None:
+            by = backend(given, ctx.options)
             gradients = [
-                times(gradient, factors[i // PER_SIDE], by) if need else gradient
+                times(gradient, by_side[i // PER_SIDE], by) if need else None
                 for i, (gradient, need) in enumerate(zip(ctx.saved_tensors, needs, strict=True))
             ]
-        return tuple(g if need else None for g, need in zip(gradients, needs, strict=True)) + none
+        found = zip(gradients, needs, ctx.dtypes, strict=True)
+        of_operands = tuple(g.to(dtype) if need and g is not None else None for g, need, dtype in found)
+        return of_operands + (None,) * (per_token + 2 - n_operands + len(options))
 
     operator.register_autograd(backward, setup_context=save)
 
 
-differentiate(linear_distillation, N_OPERANDS, N_OPERANDS + 3, lambda _, options: options[-2])
+differentiate(linear_distillation, 2, N_OPERANDS + 3, lambda _, options: options[-2])
 
 
 @torch.library.custom_op("okd_kernels::logit_distillation", mutates_args=())
@@ -302,8 +327,9 @@ def logit_distillation(
     vocab_size: int,
     backend: str,
     needs: Sequence[bool],  # which of the logits want a gradient
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per-token losses (N, 2), statistics (N, 7), and each row's gradient with respect to its own logits."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Per-token losses (N,) of student and teacher, statistics (N, 7), and each row's gradient with respect to its own
+    logits."""
     losses, statistics = _row_outputs(student_logits, teacher_logits)
     gradients = [
         _empty_gradient(x, losses, need) for x, need in zip((student_logits, teacher_logits), needs, strict=True)
@@ -324,27 +350,32 @@ def logit_distillation(
     for gradient in written:
         if gradient is not None:
             gradient[:, vocab_size:] = 0  # padding; no backend writes it
-    return losses, statistics, gradients[0], gradients[1]
+    return losses[:, 0].clone(), losses[:, 1].clone(), statistics, gradients[0], gradients[1]
 
 
 @logit_distillation.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     losses, statistics = _row_outputs(arguments[0], arguments[1])
-    return losses, statistics, *(_empty_gradient(arguments[i], losses, arguments[-1][i]) for i in range(2))
+    by_side = losses[:, 0].clone(), losses[:, 1].clone()
+    return *by_side, statistics, *(_empty_gradient(arguments[i], losses, arguments[-1][i]) for i in range(2))
 
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.needs, ctx.n_inputs = inputs[-1], len(inputs)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[2:])
+    ctx.save_for_backward(*output[3:])
 
 
 @once_differentiable
-def _backward_rows(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients = [
-        (gradient * upstream[:, i : i + 1]).to(gradient.dtype) if need and upstream is not None else None
-        for i, (gradient, need) in enumerate(zip(ctx.saved_tensors, ctx.needs, strict=True))
-    ]
+def _backward_rows(ctx: Any, student: Tensor | None, teacher: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients = []
+    for gradient, need, upstream in zip(ctx.saved_tensors, ctx.needs, (student, teacher), strict=True):
+        if not need or upstream is None:
+            gradients.append(None)
+        elif kept_for_another_backward(gradient):
+            gradients.append((gradient * upstream.unsqueeze(1)).to(gradient.dtype))
+        else:
+            gradients.append(gradient.mul_(upstream.unsqueeze(1)))
     return *gradients, *(None,) * (ctx.n_inputs - 2)
 
 

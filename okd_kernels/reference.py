@@ -56,7 +56,7 @@ def reference_losses(
             losses.append(torch.zeros_like(nll))
         else:
             divergence = _divergence(objective, learner, target_distribution)
-            losses.append(objective.weight * temperature**2 * divergence + objective.ce_weight * nll)
+            losses.append(objective.loss(divergence, nll, temperature))
 
     with torch.no_grad():
         q, p = log_q.exp(), log_p.exp()

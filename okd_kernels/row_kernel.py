@@ -287,8 +287,10 @@ def _row_kernel(
         infinity = float("inf")
         s_loss = tl.where(s_loss > _INFINITE, infinity, s_loss)
         t_loss = tl.where(t_loss > _INFINITE, infinity, t_loss)
-        tl.store(losses_ptr, s_weight * temperature * temperature * s_loss + s_ce_weight * s_nll)
-        tl.store(losses_ptr + 1, t_weight * temperature * temperature * t_loss + t_ce_weight * t_nll)
+        s_loss = tl.where(s_weight == 0, 0.0, s_weight * temperature * temperature * s_loss)  # 0, not 0 times infinity
+        t_loss = tl.where(t_weight == 0, 0.0, t_weight * temperature * temperature * t_loss)
+        tl.store(losses_ptr, s_loss + s_ce_weight * s_nll)
+        tl.store(losses_ptr + 1, t_loss + t_ce_weight * t_nll)
         tl.store(statistics_ptr + 0, tl.where(forward_kl > _INFINITE, infinity, forward_kl))
         tl.store(statistics_ptr + 1, tl.where(reverse_kl > _INFINITE, infinity, reverse_kl))
         tl.store(statistics_ptr + 2, tl.sum(s_entropy, axis=0))

@@ -176,7 +176,7 @@ def linear_sparse_distillation_loss(
     )
     metrics = {name: statistics[:, i].detach().reshape(shape) for i, name in enumerate(SPARSE_STATISTICS)}
     if per_token:
-        total = (losses if rows.token_weights is None else losses * rows.token_weights.to(dtype)).reshape(shape)
+        total = rows.per_token(losses)
     return DistillationLoss(total, None, metrics)
 
 

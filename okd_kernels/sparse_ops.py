@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from okd_kernels.arguments import resolve_backend
-from okd_kernels.chunks import Model, _backward, chunk_rows, project, row_stride, scratch_size
+from okd_kernels.chunks import Model, backward, chunk_rows, project, row_stride
 from okd_kernels.divergences import Objective
 from okd_kernels.memory import workspace
 from okd_kernels.ops import (
@@ -35,19 +35,16 @@ SPARSE_STATISTICS = ("forward_kl", "student_nll", "target_mass", "student_mass")
 ROUNDING = 8  # eps; a target's tail below this share of 1 - max p is rounding of the K log-probabilities
 
 
-def _chunks(
-    model: Model, vocab_size: int, rows_like: Tensor, workspace_bytes: int
-) -> Iterator[tuple[slice, Side, Tensor]]:
-    """Rows, logits and `_backward`'s scratch of each chunk; the logits are half of the workspace, see `_blocks`."""
+def _chunks(model: Model, vocab_size: int, rows_like: Tensor, workspace_bytes: int) -> Iterator[tuple[slice, Side]]:
+    """Rows and logits of each chunk; the logits are half of the workspace, see `_blocks`."""
     n = len(rows_like)
     if n == 0:
         return
     chunk = chunk_rows(n, 2 * vocab_size * rows_like.element_size(), workspace_bytes)
-    shapes = (chunk, row_stride(vocab_size)), (scratch_size(chunk, model),)
-    buffer, scratch = workspace(*shapes, like=rows_like)
+    (buffer,) = workspace((chunk, row_stride(vocab_size)), like=rows_like)
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
-        yield rows, project(model, rows, buffer, vocab_size), scratch
+        yield rows, project(model, rows, buffer, vocab_size)
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
@@ -156,7 +153,7 @@ def _sparse_rows(
     if target is not None:
         normal = lse + top.squeeze(1) if temperature == 1.0 else logits.logsumexp(-1)
         nll = normal - logits.gather(1, target).squeeze(1)
-    losses[rows] = objective.weight * temperature**2 * value + objective.ce_weight * nll
+    losses[rows] = objective.loss(value, nll, temperature)
     statistics[rows] = torch.stack((forward, nll, target_mass, (log_head - lse).exp()), 1)
 
     if side.gradient is not None:
@@ -200,9 +197,9 @@ def topk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ids (N, k), log-probabilities (N, k), log-sum-exps (N,)."""
     ids, log_probs, log_sum_exp = _topk_outputs(hidden, k)
-    model = Model(hidden, weight, bias, low, up, head_numbers[0], head_numbers[1] or None, None, hidden.new_ones(()))
+    model = Model(hidden, weight, bias, low, up, head_numbers[0], head_numbers[1] or None, None, None)
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows, side, _ in _chunks(model, vocab_size, log_sum_exp, workspace_bytes):
+        for rows, side in _chunks(model, vocab_size, log_sum_exp, workspace_bytes):
             for block in _blocks(side.logits):
                 z = _transform(side, block, vocab_size, side.logits.dtype, None) / temperature
                 values, at = z.topk(k)
@@ -301,7 +298,7 @@ def _run_chunks(
     workspace_bytes: int,
 ) -> None:
     """`chunks.run_chunks` with one model: N >= 1 tokens, no host synchronisation."""
-    for rows, side, scratch in _chunks(model, vocab_size, losses, workspace_bytes):
+    for rows, side in _chunks(model, vocab_size, losses, workspace_bytes):
         for block in _blocks(side.logits):
             _sparse_rows(
                 side,
@@ -317,7 +314,7 @@ def _run_chunks(
                 vocab_size=vocab_size,
             )
         if side.gradient is not None:
-            _backward(model, rows, side.gradient[:, :vocab_size], scratch, labels)
+            backward(model, rows, side.gradient[:, :vocab_size], labels)
 
 
 def _outputs(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
@@ -335,7 +332,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 differentiate(
     sparse_distillation,
-    PER_SIDE,
+    1,
     PER_SIDE + 5,
     lambda upstream, _: resolve_backend("auto", upstream.device, upstream.dtype),
 )

@@ -38,6 +38,10 @@ class Tokens:
     def __init__(self, shape, labels, token_weights, normalizer, reduction, ignore_index, vocab_size, device):
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"expected reduction to be mean, sum or none; got {reduction!r}")
+        if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
+            raise ValueError(f"expected one normalizer; got a tensor of shape {tuple(normalizer.shape)}")
+        if not isinstance(normalizer, Tensor | None) and not normalizer >= 0:
+            raise ValueError(f"expected normalizer >= 0; got {normalizer}")
         if normalizer is not None and reduction != "mean":
             raise ValueError(f"expected normalizer with reduction='mean' only; got reduction={reduction!r}")
         for name, tensor in (("labels", labels), ("token_weights", token_weights)):
@@ -83,19 +87,26 @@ class Tokens:
             total = weights.sum() if self.normalizer is None else self.normalizer
             if not isinstance(total, Tensor):  # filled on the device: copying a number there would synchronise
                 total = torch.full((), total, dtype=dtype, device=self.device)
-            total = total.to(self.device, dtype)
-            scale = torch.where(total > 0, 1 / total, 0)  # no counted token: zero loss, zero gradients
+            total = total.to(self.device, dtype).reshape(())
+            scale = torch.where(total == 0, 0, 1 / total)  # no counted token: zero loss, zero gradients
         return weights.unsqueeze(1).expand(-1, 2), scale
 
-    def reduce(self, losses: Tensor, statistics: Tensor, objectives: list[Objective | None]) -> DistillationLoss:
-        """From per-token losses (N, 2)."""
+    def reduce(
+        self, student: Tensor, teacher: Tensor, statistics: Tensor, objectives: list[Objective | None]
+    ) -> DistillationLoss:
+        """From per-token losses (N,) of both sides."""
         if self.reduction == "none":
-            losses = losses if self.token_weights is None else losses * self.token_weights.to(losses.dtype).unsqueeze(1)
-            student, teacher = (losses[:, i].reshape(self.shape) for i in range(2))
+            student, teacher = self.per_token(student), self.per_token(teacher)
         else:
-            weights, scale = self.weights(losses.dtype)
-            student, teacher = (losses * weights).sum(0) * scale
+            weights, scale = self.weights(student.dtype)
+            student, teacher = ((losses * weights[:, 0]).sum() * scale for losses in (student, teacher))
         return DistillationLoss(student, None if objectives[1] is None else teacher, self.metrics(statistics))
+
+    def per_token(self, losses: Tensor) -> Tensor:
+        """From losses (N,), zero in ignored rows, to weighted ones of the tokens' shape."""
+        if self.token_weights is not None:
+            losses = losses * self._token_weights(losses.dtype)
+        return losses.reshape(self.shape)
 
     def metrics(self, statistics: Tensor) -> dict[str, Tensor]:
         return {name: statistics[:, i].detach().reshape(self.shape) for i, name in enumerate(STATISTICS)}

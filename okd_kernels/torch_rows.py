@@ -296,7 +296,7 @@ def torch_rows(
         value = {"forward_kl": kls[i], "reverse_kl": kls[1 - i]}.get(side.objective.divergence)
         if value is None:
             value = torch.cat(values[i])
-        losses[:, i] = side.objective.weight * temperature**2 * value + side.objective.ce_weight * nll[i]
+        losses[:, i] = side.objective.loss(value, nll[i], temperature)
     if ignored is not None:
         losses.masked_fill_(ignored, 0)
         statistics.masked_fill_(ignored, 0)

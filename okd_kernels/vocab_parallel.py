@@ -24,11 +24,11 @@ from okd_kernels.arguments import (
     gemm_operands,
     resolve_backend,
 )
-from okd_kernels.chunks import Model, _backward, chunk_rows, project, row_stride, scratch_size
+from okd_kernels.chunks import Model, backward, chunk_rows, project, row_stride
 from okd_kernels.divergences import DIVERGENCES, Objective
 from okd_kernels.heads import LinearHead
 from okd_kernels.memory import workspace
-from okd_kernels.ops import BY_ROW, PER_SIDE, once_differentiable, row_factors, times, wide
+from okd_kernels.ops import BY_ROW, PER_SIDE, gradient_dtype, once_differentiable, row_factors, times, wide
 from okd_kernels.rows import STATISTICS, Side
 from okd_kernels.tokens import DistillationLoss, Tokens
 from okd_kernels.torch_rows import _infinite, _transform, block_rows
@@ -116,13 +116,14 @@ def vocab_parallel_distillation_loss(
         float(temperature),
         chunk_rows(counted, 2 * dtype.itemsize * max(shards), workspace_bytes) if counted else 1,
         sum(shards[: dist.get_rank(group)]),
+        sum(shards),
         group,
         needs,
     )
-    totals, statistics = _VocabParallel.apply(task, *operands)
+    student_total, teacher_total, statistics = _VocabParallel.apply(task, *operands)
     if kept is not None:
         statistics = statistics.new_zeros(shape.numel(), len(STATISTICS)).index_copy_(0, kept, statistics)
-    return DistillationLoss(totals[0], None if objectives[1] is None else totals[1], rows.metrics(statistics))
+    return DistillationLoss(student_total, None if objectives[1] is None else teacher_total, rows.metrics(statistics))
 
 
 def _shards(
@@ -159,6 +160,7 @@ class _Task(NamedTuple):
     temperature: float
     chunk: int  # rows of a chunk, the same on all ranks
     first: int  # global id of this rank's first vocabulary row
+    vocab_size: int  # of all ranks
     group: dist.ProcessGroup | None
     needs: list[bool]  # which of the operands want a gradient
 
@@ -167,8 +169,8 @@ class _VocabParallel(torch.autograd.Function):
     """Gradients are made in the forward pass and multiplied by the upstream scalar in backward."""
 
     @staticmethod
-    def forward(ctx: Any, task: _Task, *operands: Any) -> tuple[Tensor, Tensor]:
-        """Totals (2,) and statistics (N, 7) of the operands: hidden, weight, bias, low, up of student, then teacher."""
+    def forward(ctx: Any, task: _Task, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Totals () of student and teacher, and statistics (N, 7); operands: hidden, weight, bias, low, up of each."""
         # A sum over ranks of rounded parts would be worse than one process: parts are summed wide, and rounded once.
         dtype = task.weights.dtype
         sums = [
@@ -188,23 +190,25 @@ class _VocabParallel(torch.autograd.Function):
         for i, total in enumerate(sums):
             if total is not None and i % PER_SIDE in BY_ROW:
                 dist.all_reduce(total, group=task.group)
-            elif total is not None and (scale := models[i // PER_SIDE].scale) is not None:
+            if total is not None and (scale := models[i // PER_SIDE].scale) is not None:
                 total.mul_(scale)
-        ctx.save_for_backward(*(None if g is None else g.to(x.dtype) for g, x in zip(sums, operands, strict=True)))
+        found = zip(sums, operands, strict=True)
+        ctx.save_for_backward(*(None if g is None else g.to(gradient_dtype(x)) for g, x in found))
+        ctx.dtypes = [None if x is None else x.dtype for x in operands]
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        return (losses * task.weights).sum(0) * task.scale, statistics
+        totals = (losses * task.weights).sum(0) * task.scale
+        return totals[0].clone(), totals[1].clone(), statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
-        totals = upstream[0]
-        if totals is None:
-            return (None,) * (1 + len(ctx.saved_tensors))
-        backend = resolve_backend("auto", totals.device, totals.dtype)
-        gradients = (
-            None if g is None else times(g, totals[i // PER_SIDE], backend) for i, g in enumerate(ctx.saved_tensors)
-        )
+        gradients: list[Tensor | None] = []
+        for i, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+            total = upstream[i // PER_SIDE]
+            if gradient is not None and total is not None:
+                gradient = times(gradient, total, resolve_backend("auto", total.device, total.dtype)).to(dtype)
+            gradients.append(None if total is None else gradient)
         return None, *gradients
 
 
@@ -212,8 +216,7 @@ def _run(models: list[Model], task: _Task, row_scales: Tensor) -> tuple[Tensor, 
     """Losses (N, 2) and statistics (N, 7) of the whole group; this rank's gradients into the models' buffers."""
     (n, _), v = row_scales.shape, len(models[0].weight)
     width = row_stride(v)
-    shapes = (task.chunk, width), (task.chunk, width), (scratch_size(task.chunk, *models),)
-    *buffers, scratch = workspace(*shapes, like=row_scales)
+    buffers = workspace((task.chunk, width), (task.chunk, width), like=row_scales)
     values, nlls = row_scales.new_zeros(n, len(_Chunk.VALUES)), row_scales.new_zeros(n, 2)
     for start in range(0, n, task.chunk):
         rows = slice(start, min(start + task.chunk, n))
@@ -224,7 +227,7 @@ def _run(models: list[Model], task: _Task, row_scales: Tensor) -> tuple[Tensor, 
         chunk.gradients(row_scales[rows])
         for model, side in zip(models, sides, strict=True):
             if side.gradient is not None:
-                _backward(model, rows, side.gradient, scratch, None)
+                backward(model, rows, side.gradient, None)
 
     dist.all_reduce(values, group=task.group)
     student, teacher, forward, reverse, *entropies, common_tops = values.unbind(1)
@@ -232,8 +235,7 @@ def _run(models: list[Model], task: _Task, row_scales: Tensor) -> tuple[Tensor, 
     losses = torch.zeros_like(nlls)
     for i, (objective, value) in enumerate(zip(task.objectives, (student, teacher), strict=True)):
         if objective is not None:
-            value = objective.weight * task.temperature**2 * _infinite(value)
-            losses[:, i] = value + objective.ce_weight * nlls[:, i]
+            losses[:, i] = objective.loss(_infinite(value), nlls[:, i], task.temperature)
     return losses, torch.stack(columns, 1)
 
 
@@ -246,7 +248,7 @@ class _Chunk:
     VALUES = ("student", "teacher", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "common_tops")
 
     def __init__(self, sides: list[Side], labels: Tensor | None, task: _Task):
-        self.sides, self.task = sides, task
+        self.sides, self.labels, self.task = sides, labels, task
         self.n, self.v = sides[0].logits.shape
         self.target: Tensor | None = None  # (c, 1) column of the label, or any where `here` is 0
         if labels is not None:
@@ -279,7 +281,10 @@ class _Chunk:
                     sums[2, rows, i] = (logits.gather(1, self.target[rows]) * self.here[rows]).squeeze(1)
         dist.all_reduce(sums, group=self.task.group)
         self.log_sum, self.log_sum_at_1 = sums[0].log(), sums[1].log()
-        return self.top.new_zeros(self.n, 2) if self.target is None else self.log_sum_at_1 - sums[2]
+        if self.labels is None:
+            return self.top.new_zeros(self.n, 2)
+        # NaN for a label that is no token, which a GPU does not look for beforehand
+        return (self.log_sum_at_1 - sums[2]).masked_fill((self.labels >= self.task.vocab_size).unsqueeze(1), torch.nan)
 
     def _below_top(self, rows: slice, i: int) -> Tensor:
         return self.sides[i].logits[rows] - self.top[rows, i : i + 1]

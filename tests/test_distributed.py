@@ -71,6 +71,8 @@ def cases():
     result["two divergences"] = _case({"student": Objective("jsd", ce_weight=0.1, beta=0.2), "teacher": "reverse_kl"})
     result["frozen teacher"] = _case({"student": Objective("skew_kl", ce_weight=1.0)})
     result["fp16"] = _case({**BOTH, "normalizer": 1e4}, dtype=torch.float16)
+    scaled = {"normalizer": 1e6, "upstream": (2.0**16, 2.0**16)}
+    result["fp16, scaled"] = _case({**BOTH, **scaled}, dtype=torch.float16)
     result["sum"] = _case({**BOTH, "reduction": "sum"})
     result["weights"] = _case({**BOTH, "normalizer": 5.0}, loss_options={"token_weights": torch.linspace(0.5, 2, 11)})
     result["one chunk"] = _case({**BOTH, "workspace_bytes": None})
@@ -133,6 +135,7 @@ def _work(rank, world):
         "lora": _lora(shard),
         "collectives": _collectives(shard, 4 * 2 * 4 * max(SHARDS[world])),
         "errors": _errors(rank, shard),
+        "unknown label": _unknown_label(shard),
     }
 
 
@@ -191,6 +194,22 @@ def test_lora_on_a_sharded_head(ranks):
     for down, _, hidden in (rank["lora"] for rank in ranks):
         for ours, other, expected in zip((down, up, hidden), plain, truth, strict=True):
             assert relative_error(ours, expected) <= 2 * relative_error(other, expected) + 1e-6
+
+
+def _unknown_label(shard):
+    problem, is_compiling = Problem(n=11, ignored=()), torch.compiler.is_compiling
+    problem.labels[3] = 131
+    torch.compiler.is_compiling = lambda: True  # as on a GPU: labels are not read beforehand
+    try:
+        return sharded(problem, shard, requires=(), **BOTH)[0]
+    finally:
+        torch.compiler.is_compiling = is_compiling
+
+
+def test_a_label_outside_the_vocabulary_is_nan_where_it_cannot_be_looked_for(ranks):
+    for values in (rank["unknown label"] for rank in ranks):
+        assert values["student"].isnan()
+        assert values["student_nll"].isnan().nonzero().tolist() == [[3]]
 
 
 def _collectives(shard, workspace_bytes):

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -16,6 +17,8 @@ from transformers import (
     GraniteForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
 )
 
 from okd.models import check_head, hidden_states
@@ -33,11 +36,29 @@ SMALL = {
     "pad_token_id": 0,
     "initializer_range": 0.4,
 }
+RECURRENT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def newer(name, **options):
+    """A model that not every version of transformers has that we support."""
+    if not hasattr(transformers, f"{name}ForCausalLM"):
+        pytest.skip(f"no {name} in transformers {transformers.__version__}")
+    return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SMALL, **options))
+
+
 MODELS = {
     "llama": lambda: tiny.llama(),
     "gemma2: softcap": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=3.0)),
     "cohere: logit_scale": lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25)),
     "granite: logits_scaling": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0)),
+    "recurrent gemma: another softcap": lambda: RecurrentGemmaForCausalLM(
+        RecurrentGemmaConfig(
+            **{k: v for k, v in SMALL.items() if k in RECURRENT},
+            logits_soft_cap=3.0,
+            block_types=["recurrent", "attention"],
+        )
+    ),
+    "hyperclovax: logits_scaling multiplies": lambda: newer("HyperCLOVAX", logits_scaling=0.25),
     "phi: bias": lambda: PhiForCausalLM(PhiConfig(**SMALL)),
     "gpt2: tied, fused projections": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)),
 }
@@ -70,6 +91,33 @@ def test_a_head_read_without_its_scale_is_noticed(name, monkeypatch):
     monkeypatch.setattr(LinearHead, "from_model", classmethod(lambda cls, m: cls(weight)))
     with pytest.raises(ValueError, match="expected the student's logits to be its head applied"):
         check_head(model, "student")
+
+
+@pytest.mark.parametrize(
+    "options, scale, softcap",
+    [
+        ({"output_multiplier": 0.25, "final_logit_softcapping": 30.0}, 0.25, 30.0),
+        ({"logits_mup_width_multiplier": 4.0}, 0.25, None),
+        ({"lm_head_multiplier": 2.0, "output_logit_soft_cap": 20.0}, 2.0, 20.0),
+    ],
+)
+def test_scales_and_softcaps_by_their_names(options, scale, softcap):
+    model = tiny.llama()
+    model.config.update(options)
+    head = LinearHead.from_model(model)
+    assert (head.logit_scale, head.softcap) == (scale, softcap)
+
+
+def test_a_scale_that_is_no_number_is_refused():
+    model = tiny.llama()
+    model.config.logit_scale = "inv_sqrt_d_model"  # MPT's
+    with pytest.raises(TypeError, match="logit_scale as a number; got 'inv_sqrt_d_model'"):
+        LinearHead.from_model(model)
+
+
+def test_logits_at_no_ids():
+    head = LinearHead(torch.randn(5, 3, requires_grad=True))
+    assert head.logits_at(torch.randn(4, 3), torch.zeros(4, 0, dtype=torch.int64)).shape == (4, 0)
 
 
 def test_peft_model_around_a_model():

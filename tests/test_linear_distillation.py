@@ -463,6 +463,90 @@ def test_per_token_upstream_of_one_over_n_survives_fp16(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_grad_scalers_factor_saves_fp16_gradients_of_a_mean(backend):
+    """It comes in backward, and must find what 1 / N has left."""
+    problem = Problem(dtype=torch.float16)
+    options = {"teacher": "forward_kl", "normalizer": 1e6, "upstream": (2.0**16, 2.0**16)}
+    _, found = problem.run(backend, **options)
+    _, truth = problem.run("reference", torch.float64, **options)
+    for name in GRADIENTS:
+        assert found[name].dtype == torch.float16
+        assert relative_error(found[name], truth[name]) < 2e-3, name
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_sides_loss_gives_the_other_no_gradient(backend, reduction):
+    """Rather than zeros, with which the teacher's optimizer would go on and its backward pass would run."""
+    problem = Problem()
+    for side in ("student", "teacher"):
+        x = {k: t.clone().requires_grad_() for k, t in problem.operands.items() if not k.endswith("bias")}
+        loss = linear_distillation_loss(*x.values(), teacher="jsd", backend=backend, reduction=reduction)
+        getattr(loss, side).sum().backward()
+        assert {k for k, t in x.items() if t.grad is not None} == {f"{side}_hidden", f"{side}_weight"}
+        z, u = (torch.randn(3, 9, device=DEVICE, requires_grad=True) for _ in range(2))
+        getattr(distillation_loss(z, u, teacher="jsd", backend=backend, reduction=reduction), side).sum().backward()
+        assert (z.grad is None, u.grad is None) == (side == "teacher", side == "student")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_teacher_in_inference_mode(backend, reduction):
+    problem = Problem()
+    with torch.inference_mode():
+        y, u = (problem.operands[f"teacher_{name}"].clone() for name in ("hidden", "weight"))
+    gradients = []
+    for teacher in ((y, u), (y.clone(), u.clone())):
+        x, w = (problem.operands[f"student_{name}"].clone().requires_grad_() for name in ("hidden", "weight"))
+        linear_distillation_loss(x, w, *teacher, backend=backend, reduction=reduction).student.sum().backward()
+        gradients.append((x.grad, w.grad))
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+def test_a_weight_of_zero_drops_an_infinite_divergence(backend):
+    """As at the start of an annealed one: cross-entropy is all that is left, not 0 times infinity."""
+    problem = Problem()
+    no_label = torch.ones(131, dtype=torch.bool, device=DEVICE).index_fill(0, problem.labels.clamp_min(0), False)
+    problem.operands["student_bias"][no_label] = -math.inf
+    options = {"reduction": "none", "teacher": Objective("reverse_kl", weight=0)}
+    values, _ = problem.run(backend, student=Objective("forward_kl", weight=0, ce_weight=0.5), **options)
+    counted = problem.labels >= 0
+    assert values["forward_kl"][counted].isinf().all()
+    torch.testing.assert_close(values["student"], 0.5 * values["student_nll"])
+    assert (values["teacher"] == 0).all()
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+def test_weights_of_ignored_rows_may_be_anything(backend, weight):
+    weights = torch.rand(N, device=DEVICE)
+    expected_values, expected = Problem().run(backend, reduction="none", token_weights=weights)
+    weights[2] = weight  # ignored
+    values, gradients = Problem().run(backend, reduction="none", token_weights=weights)
+    assert torch.equal(values["student"], expected_values["student"])
+    for name in ("student_hidden", "student_weight", "student_bias"):
+        assert torch.equal(gradients[name], expected[name])
+
+
+def test_a_mean_is_its_definition_for_any_total_weight():
+    weights = torch.full((N,), -0.5, device=DEVICE)
+    expected, _ = Problem().run("torch")
+    for normalizer in (None, torch.tensor([-0.5 * (N - 1)], device=DEVICE)):
+        values, _ = Problem().run("torch", token_weights=weights, normalizer=normalizer)
+        assert values["student"].shape == ()
+        torch.testing.assert_close(values["student"], expected["student"])
+
+
+def test_autocast_leaves_fp64_alone():
+    problem = Problem(dtype=torch.float64)
+    expected, _ = problem.run("torch")
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        values, _ = problem.run("torch")
+    assert values["student"].dtype == torch.float64 and torch.equal(values["student"], expected["student"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_weights_and_reductions(reduction, backend):
     weights = torch.rand(N, device=DEVICE)
@@ -491,7 +575,7 @@ def test_micro_batches_with_a_normalizer_equal_one_batch(backend):
         torch.testing.assert_close(parts[k], whole[k], rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
 def test_ignored_rows_equal_removed_rows_and_may_hold_nan(backend):
     objectives = {"student": Objective("jsd", ce_weight=0.5), "teacher": Objective("forward_kl", ce_weight=0.5)}
     problem = Problem(ignored=(0, 4))
@@ -708,6 +792,22 @@ def test_backward_twice(backend):
         once = x.grad.clone(), w.grad.clone()
         loss.backward()
         assert torch.equal(x.grad, 2 * once[0]) and torch.equal(w.grad, 2 * once[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_on_one_side_after_the_other(backend):
+    z, u = (torch.randn(5, 40, device=DEVICE) for _ in range(2))
+    both = [x.clone().requires_grad_() for x in (z, u)]
+    distillation_loss(*both, teacher="jsd", backend=backend).total.backward()
+    apart = [x.clone().requires_grad_() for x in (z, u)]
+    loss = distillation_loss(*apart, teacher="jsd", backend=backend)
+    loss.student.backward(retain_graph=True)
+    loss.teacher.backward(retain_graph=True)
+    for x, expected in zip(apart, both, strict=True):
+        assert torch.equal(x.grad, expected.grad)
+    loss.total.backward()
+    for x, expected in zip(apart, both, strict=True):
+        torch.testing.assert_close(x.grad, 2 * expected.grad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -1096,6 +1196,15 @@ X, W, Y, U = torch.zeros(4, 8), torch.zeros(32, 8), torch.zeros(4, 6), torch.zer
             "labels, since the student's ce_weight is 0.5",
         ),
         ((X, W, Y, U), {"student": "kl"}, ValueError, "expected a divergence out of"),
+        ((X, W, Y, U), {"student": None}, TypeError, "a divergence's name or an Objective; got None"),
+        ((X, W, Y, U), {"normalizer": -1}, ValueError, "normalizer >= 0; got -1"),
+        ((X, W, Y, U), {"normalizer": torch.ones(2)}, ValueError, r"one normalizer; got a tensor of shape \(2,\)"),
+        (
+            [t.double() for t in (X, W, Y, U)],
+            {"backend": "triton"},
+            ValueError,
+            "at most fp32 for backend='triton'; got torch.float64",
+        ),
         ((X, W, Y, U), {"temperature": 0}, ValueError, "temperature > 0; got 0"),
         ((X, W, Y, U), {"teacher_share": 1.5}, ValueError, "teacher_share between 0 and 1; got 1.5"),
         ((X, W, Y, U), {"teacher_share": 0.5, "teacher": "jsd"}, ValueError, "teacher=None with teacher_share below 1"),

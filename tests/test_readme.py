@@ -76,32 +76,53 @@ def test_plain_loop():
     assert not torch.equal(teacher.lm_head.weight, start), "the teacher learns too"
 
 
-def test_transformers_trainer(tmp_path):
-    namespace = {"torch": torch}
+def collate(examples):
+    batch = Collator(tiny.EOS)(examples)
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_transformers_trainer(tmp_path, bf16):
+    namespace = {}
     exec(block("class DistillationTrainer"), namespace)
     student, teacher = tiny.llama(), tiny.llama(seed=1)
     before = kl(student, teacher)
-
-    def collate(examples):
-        batch = Collator(tiny.EOS)(examples)
-        return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-
-    args = TrainingArguments(**arguments(tmp_path), remove_unused_columns=False)
+    args = TrainingArguments(**arguments(tmp_path), remove_unused_columns=False, bf16=bf16)
     trainer = namespace["DistillationTrainer"](
-        student, args, teacher=teacher, train_dataset=rows(), data_collator=collate
+        student, args, teacher=teacher, train_dataset=rows(), eval_dataset=rows(), data_collator=collate
     )
+    seen = []
+    student.get_decoder().layers[0].mlp.up_proj.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    start = trainer.evaluate()["eval_loss"]
     trainer.train()
+    assert set(seen) == {torch.bfloat16 if bf16 else torch.float32}
     assert kl(student, teacher) < 0.6 * before
+    assert trainer.evaluate()["eval_loss"] < 0.6 * start
 
 
-def test_trl(tmp_path):
+def test_transformers_trainer_without_a_response(tmp_path):
+    namespace = {}
+    exec(block("class DistillationTrainer"), namespace)
+    args = TrainingArguments(**arguments(tmp_path))
+    trainer = namespace["DistillationTrainer"](tiny.llama(), args, teacher=tiny.llama(seed=1))
+    batch = collate(rows()[:2])
+    batch["labels"].fill_(-100)
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=3)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_trl(tmp_path, packing):
     trl = pytest.importorskip("trl", reason="pip install okd-kernels[bench]")
-    namespace = {"torch": torch}
-    exec(block("class DistillationSFTTrainer"), namespace)
+    namespace = {}
+    for name in ("class DistillationTrainer", "class DistillationSFTTrainer"):
+        exec(block(name), namespace)
     student, teacher = tiny.llama(), tiny.llama(seed=1)
     before = kl(student, teacher)
     data = Dataset.from_list([{k: e[k] for k in ("prompt", "completion")} for e in tiny.examples()])
-    args = trl.SFTConfig(**arguments(tmp_path), max_length=32, completion_only_loss=True)
+    args = trl.SFTConfig(**arguments(tmp_path), max_length=32, completion_only_loss=True, packing=packing)
     trainer = namespace["DistillationSFTTrainer"](student, args, train_dataset=data, processing_class=tiny.tokenizer())
     trainer.teacher = teacher.eval().requires_grad_(False)
     trainer.train()

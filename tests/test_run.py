@@ -99,6 +99,16 @@ def test_evaluate_samples_over_seeds_and_measures_exposure_bias(folder, tmp_path
     assert "expected a teacher to measure exposure bias against" in capsys.readouterr().err
 
 
+def test_exposure_bias_that_cannot_be_measured_is_found_before_anything_is(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("okd.models.load_model", lambda *_: pytest.fail("loaded a model"))
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "w3 w4 w5 w6"}))
+    models = ["--student", str(folder / "student"), "--teacher", str(folder / "teacher")]
+    for file, prompts, message in ((text, "4", "a row with a prompt"), (folder / "eval.jsonl", "0", "at least 1")):
+        assert main(["evaluate", *models, "--file", str(file), "--exposure-bias", prompts]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_one_seed_gives_the_same_figures_and_another_does_not(folder, tmp_path):
     found = []
     for name, seed in (("a", "7"), ("b", "7"), ("c", "8")):
@@ -177,6 +187,55 @@ def test_resume_after_an_interruption_gives_the_same_student(folder, tmp_path, m
     assert train(folder, parts, *saving, "--resume") == 0
     assert metrics(parts)["before"] == metrics(whole)["before"]
     assert metrics(parts)["after"] == metrics(whole)["after"]
+
+
+def test_resume_with_other_options_is_refused(folder, tmp_path, capsys):
+    output, saving = tmp_path / "run", ("--save-strategy", "steps", "--save-steps", "3")
+    options = (*saving, "--temperature", "2", "--max-steps", "3")
+    assert train(folder, output, *options) == 0
+    written = (output / "config.yaml").read_text()
+    capsys.readouterr()
+    others = (
+        ("--learning-rate", "5e-2"),
+        ("--student-divergence", "jsd"),
+        ("--eval-examples", "3"),
+        ("--save-steps", "1"),
+    )
+    for other in (saving, *((*options, *other) for other in others)):
+        fails(capsys, train(folder, output, *other, "--resume"), "expected the options with which the run", "--config")
+    fails(capsys, train(folder, output, *options, "--resume", method="gkd"), "method (was okd, now gkd)")
+    assert (output / "config.yaml").read_text() == written
+    more = (*options, "--max-steps", "6", "--gradient-checkpointing", "--resume")
+    assert train(folder, output, *more) == 0, "to go on for longer is to resume"
+    assert metrics(output)["steps"] == 6
+    as_the_error_says = ["train", "--config", str(output / "config.yaml"), "--resume"]
+    assert main([*as_the_error_says, "--max-steps", "8"]) == 0
+    assert metrics(output)["steps"] == 8
+
+
+def test_a_16_bit_student_trains_in_fp32(folder, tmp_path):
+    for name in ("student", "teacher"):
+        model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    found = {}
+    for case, options in (
+        ("its own", ()),
+        ("the teacher's layers", ("--student-layers", "0,2")),
+        ("bf16", ("--dtype", "bfloat16")),
+    ):
+        shutil.copytree(folder, tmp_path / case)
+        for name in ("student", "teacher"):
+            shutil.rmtree(tmp_path / case / name)
+            shutil.copytree(tmp_path / name, tmp_path / case / name)
+        output = tmp_path / f"{case} run"
+        arguments = arguments_of_train(tmp_path / case, output, "--max-steps", "1", "--bf16", *options)
+        if "--student-layers" in arguments:
+            i = arguments.index("--student")
+            del arguments[i : i + 2]
+        assert main(arguments) == 0
+        found[case] = AutoModelForCausalLM.from_pretrained(output / "student", dtype="auto").dtype
+    assert found == {"its own": torch.float32, "the teacher's layers": torch.float32, "bf16": torch.bfloat16}
 
 
 def test_student_from_the_teachers_layers(folder, tmp_path):
@@ -414,12 +473,28 @@ def test_output_directory_of_another_run(folder, tmp_path, capsys):
     assert (output / "notes.txt").read_text() == "mine", "only the run's own files are removed"
 
 
-def test_overwrite_removes_nothing_before_the_inputs_are_good(folder, tmp_path, capsys):
+def test_a_directory_that_the_trainer_wrote_is_a_run(folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    tiny.llama().save_pretrained(output / "student")
+    fails(capsys, train(folder, output, "--max-steps", "1"), "holds another run", "--overwrite")
+
+
+def test_overwrite_removes_nothing_before_the_inputs_are_good(folder, tmp_path, capsys, monkeypatch):
     output = tmp_path / "run"
     assert train(folder, output, "--max-steps", "1") == 0
-    before = sorted(p.name for p in output.iterdir())
+    before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+
+    def unchanged():
+        return {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
+
     fails(capsys, train(folder, output, "--overwrite", "--teacher", "no/such"), "no/such")
-    assert sorted(p.name for p in output.iterdir()) == before
+    for option, value in (("answers", "-1"), ("examples", "0"), ("max-new-tokens", "0"), ("share", "1.5")):
+        fails(capsys, train(folder, output, "--overwrite", f"--eval-{option}", value), f"got {value}")
+    assert unchanged()
+    with monkeypatch.context() as patch:
+        patch.setattr("okd.run.evaluate", lambda *_, **__: (_ for _ in ()).throw(ValueError("no figures")))
+        fails(capsys, train(folder, output, "--overwrite"), "no figures")
+    assert unchanged()
     assert train(folder, output, "--overwrite", "--max-steps", "1", "--student", str(output / "student")) == 0
 
 

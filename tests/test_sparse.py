@@ -536,6 +536,21 @@ def test_vocab_size_cuts_padding_off():
         torch.testing.assert_close(gradients[k] if k == "hidden" else gradients[k][:V], truth[k])
 
 
+def test_a_grad_scalers_factor_saves_fp16_gradients_of_a_mean():
+    torch.manual_seed(0)
+    x, w = torch.randn(6, 16).half(), torch.randn(40, 16).half()
+    ids, log_p, _ = linear_topk(torch.randn(6, 8), torch.randn(40, 8), 5)
+    gradients = []
+    for dtype in (torch.float16, torch.float64):
+        operands = [t.detach().to(dtype).requires_grad_() for t in (x, w)]
+        loss = linear_sparse_distillation_loss(*operands, ids, log_p, normalizer=1e6)
+        (loss.student * 2.0**16).backward()
+        gradients.append([t.grad for t in operands])
+    for found, truth in zip(*gradients, strict=True):
+        assert found.dtype == torch.float16
+        assert ((found.double() - truth).norm() / truth.norm()) < 5e-3
+
+
 def test_backward_twice():
     for reduction in ("mean", "none"):
         problem = Problem()

@@ -10,6 +10,8 @@ import tiny
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
+from transformers.utils import logging
 
 from okd import METHODS, OKDConfig, OKDTrainer
 from okd.data import Collator, encode
@@ -237,6 +239,14 @@ def test_how_far_the_teacher_moved(tmp_path):
     assert found == pytest.approx(nll, rel=1e-4)
 
 
+def test_distances_from_the_base_teacher_are_at_temperature_1(tmp_path):
+    """As those of an evaluation, beside which they are drawn."""
+    rows = encode(tiny.examples(8, seed=9), tiny.tokenizer(), max_length=32).rows
+    run = trainer(tmp_path, temperature=3.0)
+    found = run.held_out_means(rows, distance_from_base)["forward_kl"]
+    assert found == pytest.approx(run.evaluate()["eval_forward_kl"], rel=1e-5)
+
+
 def test_a_frozen_teacher_has_no_shift(tmp_path):
     run = trainer(tmp_path, max_steps=1, method="forward_kd")
     run.train()
@@ -337,6 +347,26 @@ def test_dropout_of_the_teachers_base_is_off_and_of_its_lora_on(tmp_path):
     run.pair.train()
     layers = run.pair.teacher.get_base_model().model.layers
     assert all(layer.training and not layer.self_attn.training for layer in layers), "a layer asks its own flag"
+
+
+def test_dropout_of_a_layer_that_is_checkpointed_is_off(tmp_path):
+    """OPT's layers look at the flag that makes them checkpoint for their dropout, too."""
+    torch.manual_seed(1)
+    sizes = {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    }
+    teacher = OPTForCausalLM(OPTConfig(vocab_size=tiny.VOCAB, max_position_embeddings=64, dropout=0.5, **sizes))
+    run = trainer(tmp_path, teacher=teacher, gradient_checkpointing=True)
+    run.pair.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    run.pair.train()
+    layer = run.pair.teacher.get_base_model().model.decoder.layers[0]
+    assert layer.training, "else it would not checkpoint"
+    one, other = (run.pair.teacher_rows(batch()) for _ in range(2))
+    assert torch.equal(one, other)
 
 
 def test_several_gpus_in_one_process_are_not_used(tmp_path, monkeypatch):
@@ -480,6 +510,55 @@ def test_refuses_sharded_state_dicts(tmp_path, monkeypatch):
         run.train()
 
 
+def test_refuses_to_resume_shards(tmp_path):
+    run = trainer(tmp_path)
+    run.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="expected whole models on each process to resume; got FSDP's shards"):
+        run.train(resume_from_checkpoint=True)
+
+
+def test_a_teacher_with_somebody_elses_online_module_is_refused(tmp_path):
+    """PEFT puts the module into the model that was given: that is no longer the base teacher, nor can it become so."""
+    teacher = tiny.llama(seed=1)
+    run = trainer(tmp_path, teacher=teacher)
+    message = r"expected a teacher as it was loaded, or a PEFT model; .*pass trainer.pair.teacher"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, teacher=teacher, method="forward_kd")
+    with pytest.raises(ValueError, match=message), base_teacher(teacher):
+        pass
+    with base_teacher(run.pair.teacher):
+        pass
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_16_bit_weights_that_would_train(tmp_path, caplog, side):
+    def run(dtype):
+        models = {"student": tiny.llama(), "teacher": lora()}
+        models[side] = models[side].to(dtype)
+        return trainer(tmp_path, **models)
+
+    with pytest.raises(ValueError, match=rf"expected the {side}.* in float32, since its weights train; got float16"):
+        run(torch.float16)
+    for dtype in (torch.bfloat16, torch.float32):
+        caplog.clear()
+        logging.enable_propagation()
+        run(dtype)
+        logging.disable_propagation()
+        warned = [r for r in caplog.records if "since its weights train; got bfloat16" in r.getMessage()]
+        assert len(warned) == (dtype == torch.bfloat16)
+
+
+def test_examples_that_are_cut_or_left_out_are_warned_of(tmp_path, caplog):
+    examples = [*tiny.examples(4), {"id": "long", "prompt": "w3 " * 600, "completion": "w4"}]
+    logging.enable_propagation()
+    OKDTrainer(
+        tiny.llama(), tiny.llama(seed=1), config(tmp_path), train_dataset=examples, processing_class=tiny.tokenizer()
+    )
+    logging.disable_propagation()
+    (line,) = [r.getMessage() for r in caplog.records if "skipped" in r.getMessage()]
+    assert "long" in line and any(r.levelname == "WARNING" for r in caplog.records if r.getMessage() == line)
+
+
 def test_refuses_a_base_teacher_that_would_train(tmp_path):
     teacher = lora()
     teacher.base_model.model.model.norm.weight.requires_grad_(True)
@@ -513,15 +592,14 @@ def test_refuses_a_missing_teacher_or_tokenizer(tmp_path):
 
 
 def test_heads_of_two_sizes_say_what_to_pass(tmp_path):
+    teacher = tiny.llama(seed=1, vocab=72)
     with pytest.raises(ValueError, match=r"student 64 and teacher 72.*vocab_size=len\(tokenizer\), at most 64"):
-        trainer(tmp_path, teacher=tiny.llama(seed=1, vocab=72))
-    run = trainer(tmp_path, teacher=tiny.llama(seed=1, vocab=72), vocab_size=64, max_steps=1)
+        trainer(tmp_path, teacher=teacher)
+    run = trainer(tmp_path, teacher=teacher, vocab_size=64, max_steps=1)  # still without an online module
     assert math.isfinite(run.train().training_loss)
 
 
 def test_rows_beyond_the_positions_of_a_model_are_warned_of(tmp_path, caplog):
-    from transformers.utils import logging
-
     logging.enable_propagation()
     trainer(tmp_path, teacher=tiny.llama(seed=1, max_position_embeddings=7))
     logging.disable_propagation()
@@ -530,8 +608,6 @@ def test_rows_beyond_the_positions_of_a_model_are_warned_of(tmp_path, caplog):
 
 
 def test_says_once_what_trains(tmp_path, caplog):
-    from transformers.utils import logging
-
     logging.enable_propagation()
     pair = trainer(tmp_path).pair
     logging.disable_propagation()
