@@ -19,9 +19,9 @@ from okd.teachers import base_teacher
 from okd_kernels import LinearHead
 
 
-def answerable_prompts(rows: Sequence[Row]) -> list[list[int]]:
-    """Tokens of the rows' prompts. Raises ValueError without any."""
-    asked = [prompt for prompt, reference in map(prompt_and_reference, rows) if len(prompt) > 1 and reference]
+def answerable_prompts(rows: Sequence[Row], n: int | None = None) -> list[list[int]]:
+    """Tokens of the rows' first n prompts, None: all. Raises ValueError without any."""
+    asked = [prompt for prompt, reference in map(prompt_and_reference, rows) if len(prompt) > 1 and reference][:n]
     if not asked:
         raise ValueError("expected a row with a prompt, got none; pass rows that are not all plain text")
     return asked
@@ -58,7 +58,7 @@ def exposure_bias(
     lengths = sorted({max(1, max_new_tokens * k // 4) for k in (1, 2, 4)}) if lengths is None else lengths
     if not lengths or not 1 <= min(lengths) <= max(lengths) <= max_new_tokens:
         raise ValueError(f"expected lengths between 1 and max_new_tokens, {max_new_tokens}; got {list(lengths)}")
-    asked = answerable_prompts(rows)[:prompts]
+    asked = answerable_prompts(rows, prompts)
     heads = [len(LinearHead.from_model(model).weight) for model in (student, teacher)]
     shared = min(heads) if vocab_size is None else vocab_size
     options: dict[str, Any] = {

@@ -283,7 +283,7 @@ def _check_same_run(path: Path, written_config: str) -> None:
         shown = ", ".join(f"{n} (was {old.get(n, 'default')}, now {new.get(n, 'default')})" for n in differing)
         raise ValueError(
             f"expected the options with which the run in {path.parent} began; got other ones for {shown}: pass "
-            f"--config {path} --resume, or start a new run"
+            f"--config {path} --output-dir {path.parent} --resume, or start a new run"
         )
 
 

@@ -208,8 +208,8 @@ def test_resume_with_other_options_is_refused(folder, tmp_path, capsys):
     more = (*options, "--max-steps", "6", "--gradient-checkpointing", "--resume")
     assert train(folder, output, *more) == 0, "to go on for longer is to resume"
     assert metrics(output)["steps"] == 6
-    as_the_error_says = ["train", "--config", str(output / "config.yaml"), "--resume"]
-    assert main([*as_the_error_says, "--max-steps", "8"]) == 0
+    as_the_error_says = ["--config", str(output / "config.yaml"), "--output-dir", str(output), "--resume"]
+    assert main(["train", *as_the_error_says, "--max-steps", "8"]) == 0
     assert metrics(output)["steps"] == 8
 
 
