@@ -199,7 +199,7 @@ def distance_from_base(pair: StudentTeacher, batch: Batch, normalizer: Any = Non
     with base_teacher(pair.teacher):
         base, base_head = pair.teacher_rows(batch), LinearHead.from_model(pair.teacher)
     targets = batch["targets"]
-    options = {"teacher": None, "teacher_head": base_head, "temperature": 1.0}  # as in evaluations
+    options: dict[str, Any] = {"teacher": None, "teacher_head": base_head, "temperature": 1.0}  # as in evaluations
     loss = pair.distil(pair.student_rows(batch), base, targets, normalizer, **options)
     if not pair.args.online:
         return loss

@@ -109,7 +109,7 @@ def linear_distillation_loss(
                 temperature=temperature,
                 teacher_share=teacher_share,
             )
-        return rows.reduce(*losses.unbind(1), statistics, objectives)
+        return rows.reduce(losses.unbind(1), statistics, objectives)
 
     operands = [
         operand
@@ -137,7 +137,7 @@ def linear_distillation_loss(
         *operands, rows.labels, weights, scale, per_token, *options
     )[:5]
     if per_token:
-        return rows.reduce(*losses, statistics, objectives)
+        return rows.reduce(losses, statistics, objectives)
     return DistillationLoss(student_total, None if objectives[1] is None else teacher_total, rows.metrics(statistics))
 
 
@@ -195,7 +195,7 @@ def distillation_loss(
         *losses, statistics = ops.logit_distillation(
             z, u, rows.labels, *_packed(objectives), float(temperature), vocab_size, backend, needs
         )[:3]
-    return rows.reduce(*losses, statistics, objectives)
+    return rows.reduce(losses, statistics, objectives)
 
 
 class LinearDistillationLoss(nn.Module):

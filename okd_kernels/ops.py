@@ -300,8 +300,9 @@ def differentiate(operator: Any, sides: int, per_token: int, backend: Callable[[
             gradients = operator(*ctx.saved_tensors, *normalise(weights), False, *options, needs)[made:]
         elif given is not None:
             by = backend(given, ctx.options)
+            factors = [given if x is None else x for x in by_side]  # those of None are not needed
             gradients = [
-                times(gradient, by_side[i // PER_SIDE], by) if need else None
+                times(gradient, factors[i // PER_SIDE], by) if need else None
                 for i, (gradient, need) in enumerate(zip(ctx.saved_tensors, needs, strict=True))
             ]
         found = zip(gradients, needs, ctx.dtypes, strict=True)
@@ -368,7 +369,7 @@ def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 @once_differentiable
 def _backward_rows(ctx: Any, student: Tensor | None, teacher: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients = []
+    gradients: list[Tensor | None] = []
     for gradient, need, upstream in zip(ctx.saved_tensors, ctx.needs, (student, teacher), strict=True):
         if not need or upstream is None:
             gradients.append(None)

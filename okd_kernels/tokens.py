@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,14 +93,14 @@ class Tokens:
         return weights.unsqueeze(1).expand(-1, 2), scale
 
     def reduce(
-        self, student: Tensor, teacher: Tensor, statistics: Tensor, objectives: list[Objective | None]
+        self, losses: Sequence[Tensor], statistics: Tensor, objectives: list[Objective | None]
     ) -> DistillationLoss:
-        """From per-token losses (N,) of both sides."""
+        """From per-token losses (N,) of student and teacher."""
         if self.reduction == "none":
-            student, teacher = self.per_token(student), self.per_token(teacher)
+            student, teacher = map(self.per_token, losses)
         else:
-            weights, scale = self.weights(student.dtype)
-            student, teacher = ((losses * weights[:, 0]).sum() * scale for losses in (student, teacher))
+            weights, scale = self.weights(losses[0].dtype)
+            student, teacher = ((side * weights[:, 0]).sum() * scale for side in losses)
         return DistillationLoss(student, None if objectives[1] is None else teacher, self.metrics(statistics))
 
     def per_token(self, losses: Tensor) -> Tensor:
