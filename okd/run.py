@@ -274,16 +274,14 @@ def _check_same_run(path: Path, written_config: str) -> None:
     if not path.is_file():
         return
     old, new = yaml.safe_load(path.read_text()), yaml.safe_load(written_config)
-    differing = sorted(
-        name
-        for name in {*old, *new}
-        if old.get(name, "default") != new.get(name, "default") and name not in FREE_TO_CHANGE
+    pairs = (
+        (name, old.get(name, "default"), new.get(name, "default")) for name in sorted({*old, *new} - FREE_TO_CHANGE)
     )
+    differing = [f"{name} (was {was}, now {now})" for name, was, now in pairs if was != now]
     if differing:
-        shown = ", ".join(f"{n} (was {old.get(n, 'default')}, now {new.get(n, 'default')})" for n in differing)
         raise ValueError(
-            f"expected the options with which the run in {path.parent} began; got other ones for {shown}: pass "
-            f"--config {path} --output-dir {path.parent} --resume, or start a new run"
+            f"expected the options with which the run in {path.parent} began; got other ones for {', '.join(differing)}"
+            f": pass --config {path} --output-dir {path.parent} --resume, or start a new run"
         )
 
 
@@ -307,8 +305,7 @@ def _models(config: RunConfig) -> tuple[Any, Any, Any]:
         student_tokenizer = load_tokenizer(config.student)
         if tokenizer is not None:
             check_tokenizers(student_tokenizer, tokenizer)
-        tokenizer = student_tokenizer
-        student = load_model(config.student, "float32" if config.dtype == "auto" else config.dtype)
+        tokenizer, student = student_tokenizer, load_model(config.student, config.dtype)
     else:
         student = teacher
     if config.student_layers is not None:

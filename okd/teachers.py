@@ -37,12 +37,11 @@ def prepare_teacher(
     Student, training rows and collator serve to find the weights that matter least (`online_module="non_salient"`).
     Raises ValueError where something else would train, or where the method wants another number of teachers.
     """
+    for member in teacher if isinstance(teacher, list | tuple) else [teacher]:
+        _refuse_injected(member)
     if isinstance(teacher, list | tuple):
-        for member in teacher:
-            _refuse_injected(member)
         teacher = Ensemble(teacher) if len(teacher) > 1 else teacher[0]
     check_number_of_teachers(args, len(teacher.members) if isinstance(teacher, Ensemble) else 1)
-    _refuse_injected(teacher)
     if hasattr(teacher, "peft_config"):
         teacher.adapter_is_online = args.online  # else it is part of the teacher, to `base_teacher` too
     if not args.online:

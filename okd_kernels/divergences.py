@@ -343,8 +343,7 @@ class Objective:
     def loss(self, divergence: Tensor, nll: Tensor, temperature: float) -> Tensor:
         """weight T^2 divergence + ce_weight nll; a weight of 0 drops its term, even where that is infinite."""
         terms = ((self.weight * temperature**2, divergence), (self.ce_weight, nll))
-        kept = [weight * term for weight, term in terms if weight != 0]
-        return kept[0] + kept[1] if len(kept) == 2 else kept[0] if kept else torch.zeros_like(nll)
+        return sum((weight * term for weight, term in terms if weight != 0), torch.zeros_like(nll))
 
     @property
     def dual(self) -> Objective:

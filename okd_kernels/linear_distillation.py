@@ -73,8 +73,7 @@ def linear_distillation_loss(
 
     Returns:
         A `DistillationLoss`. Call `.total.backward()`, or backward on one side's loss: the other gets no gradient then
-        (under torch.compile zeros).
-        Both apart take `retain_graph=True` on the first.
+        (under torch.compile zeros). Both apart take `retain_graph=True` on the first.
 
     Raises:
         TypeError, ValueError: what was expected, what came, what to do.

@@ -68,6 +68,11 @@ def counted_rows(labels: Tensor | None) -> Tensor | None:
     return (labels >= 0).nonzero().squeeze(1)
 
 
+def by_side(both: Tensor) -> tuple[Tensor, Tensor]:
+    """The student's and the teacher's of (..., 2), copied: outputs of an operator must not alias."""
+    return both[..., 0].clone(), both[..., 1].clone()
+
+
 def gradient_dtype(operand: Tensor) -> torch.dtype:
     """Of a gradient that waits for its upstream factor: fp32 for fp16, which holds it only after a GradScaler's."""
     return torch.float32 if operand.dtype == torch.float16 else operand.dtype
@@ -185,8 +190,7 @@ def linear_distillation(
     for i, model in enumerate(models):
         _finish(gradients[PER_SIDE * i :], model, kept, vocab_size)
     totals = (losses * row_weights).sum(0) * scale
-    by_side = [x.clone() for x in (*totals.unbind(), *losses.unbind(1))]  # else they would alias
-    return *by_side, statistics, *gradients  # type: ignore[return-value]
+    return *by_side(totals), *by_side(losses), statistics, *gradients  # type: ignore[return-value]
 
 
 def _sum_buffer(operand: Tensor | None, output: Tensor, by_row: bool, compacted: bool) -> Tensor:
@@ -220,8 +224,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     operands, per_token, needs = arguments[:N_OPERANDS], arguments[N_OPERANDS + 3], arguments[-1]
     losses, statistics = _row_outputs(operands[0], operands[PER_SIDE])
     gradients = empty_gradients(operands, losses, [need and not per_token for need in needs])
-    by_side = [x.clone() for x in (*losses.new_empty(2).unbind(), *losses.unbind(1))]
-    return *by_side, statistics, *gradients
+    return *by_side(losses.new_empty(2)), *by_side(losses), statistics, *gradients
 
 
 def normalise(upstream: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,19 +293,18 @@ def differentiate(operator: Any, sides: int, per_token: int, backend: Callable[[
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         *options, needs = ctx.options
-        by_side = upstream[sides : 2 * sides] if ctx.per_token else upstream[:sides]
-        needs = [need and by_side[i // PER_SIDE] is not None for i, need in enumerate(needs)]
-        given = next((x for x in by_side if x is not None), None)
+        factors = upstream[sides : 2 * sides] if ctx.per_token else upstream[:sides]
+        needs = [need and factors[i // PER_SIDE] is not None for i, need in enumerate(needs)]
+        given = next((x for x in factors if x is not None), None)
         gradients: list[Tensor | None] = [None] * n_operands
         if given is not None and ctx.per_token:
-            columns = [torch.zeros_like(given) if x is None else x for x in by_side]
+            columns = [torch.zeros_like(given) if x is None else x for x in factors]
             weights = columns[0] if sides == 1 else torch.stack(columns, 1)
             gradients = operator(*ctx.saved_tensors, *normalise(weights), False, *options, needs)[made:]
         elif given is not None:
             by = backend(given, ctx.options)
-            factors = [given if x is None else x for x in by_side]  # those of None are not needed
             gradients = [
-                times(gradient, factors[i // PER_SIDE], by) if need else None
+                times(gradient, factor, by) if need and (factor := factors[i // PER_SIDE]) is not None else None
                 for i, (gradient, need) in enumerate(zip(ctx.saved_tensors, needs, strict=True))
             ]
         found = zip(gradients, needs, ctx.dtypes, strict=True)
@@ -351,14 +353,13 @@ def logit_distillation(
     for gradient in written:
         if gradient is not None:
             gradient[:, vocab_size:] = 0  # padding; no backend writes it
-    return losses[:, 0].clone(), losses[:, 1].clone(), statistics, gradients[0], gradients[1]
+    return *by_side(losses), statistics, gradients[0], gradients[1]
 
 
 @logit_distillation.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     losses, statistics = _row_outputs(arguments[0], arguments[1])
-    by_side = losses[:, 0].clone(), losses[:, 1].clone()
-    return *by_side, statistics, *(_empty_gradient(arguments[i], losses, arguments[-1][i]) for i in range(2))
+    return *by_side(losses), statistics, *(_empty_gradient(arguments[i], losses, arguments[-1][i]) for i in range(2))
 
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -28,7 +28,7 @@ from okd_kernels.chunks import Model, backward, chunk_rows, project, row_stride
 from okd_kernels.divergences import DIVERGENCES, Objective
 from okd_kernels.heads import LinearHead
 from okd_kernels.memory import workspace
-from okd_kernels.ops import BY_ROW, PER_SIDE, gradient_dtype, once_differentiable, row_factors, times, wide
+from okd_kernels.ops import BY_ROW, PER_SIDE, by_side, gradient_dtype, once_differentiable, row_factors, times, wide
 from okd_kernels.rows import STATISTICS, Side
 from okd_kernels.tokens import DistillationLoss, Tokens
 from okd_kernels.torch_rows import _infinite, _transform, block_rows
@@ -197,8 +197,7 @@ class _VocabParallel(torch.autograd.Function):
         ctx.dtypes = [None if x is None else x.dtype for x in operands]
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        totals = (losses * task.weights).sum(0) * task.scale
-        return totals[0].clone(), totals[1].clone(), statistics
+        return *by_side((losses * task.weights).sum(0) * task.scale), statistics
 
     @staticmethod
     @once_differentiable
