@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from okd_kernels.chunks import PROJECTED, row_stride
+from okd_kernels.chunks import HEAD_BLOCK, multiplies, row_stride
 from okd_kernels.memory import release
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -130,7 +130,8 @@ def queued_seconds(runs: list[Callable[[], Any]]) -> list[float]:
 
 
 class Floor:
-    """The GEMMs alone, in the operands' dtype and into preallocated outputs, over counted rows only.
+    """The GEMMs alone, in the operands' dtype and into preallocated outputs, over counted rows only; in fp32 on a CPU
+    that does not multiply that dtype, where fp32 is the faster.
 
     `plain`: one `torch.mm` each, over all of N and V. `best`: over the whole of N or in chunks, logits dense or at
     `row_stride`, on a CPU also by blocks of the head, whichever a calibration found fastest, so that the sum is a lower
@@ -140,6 +141,8 @@ class Floor:
 
     def __init__(self, tensors: list[Tensor], device: str):
         counted = tensors[4] != peers.IGNORE
+        if device == "cpu" and not multiplies(tensors[0].dtype):
+            tensors = [x.float() for x in tensors]
         self.device, (_, self.w, _, self.u, _) = device, tensors
         self.x, self.y = tensors[0][counted], tensors[2][counted]
         n, v = len(self.x), len(self.w)
@@ -164,7 +167,7 @@ class Floor:
         sizes = sorted({min(size, n) for size in (*FLOOR_CHUNKS, n)})
         self.plain, self.best = dict.fromkeys(self.parts, plain), {}
         for part in self.parts:
-            blocks = {v, min(PROJECTED, v)} if device == "cpu" and "logits" in part else {v}
+            blocks = {v, min(HEAD_BLOCK, v)} if device == "cpu" and "logits" in part else {v}
             ways = [(size, block, *pair) for pair in buffers for size in sizes for block in sorted(blocks)]
             once = sorted(ways, key=lambda way, p=part: self._time(p, *way))
             self.best[part] = min(once[:3], key=lambda way, p=part: min(self._time(p, *way) for _ in range(3)))

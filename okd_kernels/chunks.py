@@ -21,7 +21,7 @@ from okd_kernels.memory import workspace
 from okd_kernels.rows import Side
 from okd_kernels.torch_rows import torch_rows
 
-PROJECTED = 1024  # head rows of a GEMM on a CPU: its logits and the block stay in cache, and little is to widen
+HEAD_BLOCK = 1024  # head rows of a GEMM on a CPU: its logits and the block stay in cache, and little is to widen
 
 
 class Model(NamedTuple):
@@ -75,6 +75,15 @@ def bf16_products() -> Iterator[None]:
         setting.fp32_precision = "none"
 
 
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies that dtype; where it does not, PyTorch's 16-bit GEMMs are loops, far slower than of
+    widened operands."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    if name is None:
+        return True
+    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+
+
 def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = hidden @ weight.T, `out` being fp32 also for 16-bit operands: 16-bit logits would ruin the gradients."""
     if hidden.dtype == out.dtype and hidden.device.type != "cpu":
@@ -84,7 +93,7 @@ def _project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     else:  # where operands are narrower, no GEMM has this output: they are widened, the weight a block at a time
         with bf16_products() if hidden.dtype == torch.bfloat16 else nullcontext():
             hidden = hidden.to(out.dtype)
-            for block, columns in zip(weight.split(PROJECTED), out.split(PROJECTED, dim=1), strict=True):
+            for block, columns in zip(weight.split(HEAD_BLOCK), out.split(HEAD_BLOCK, dim=1), strict=True):
                 torch.mm(hidden, block.to(out.dtype).t(), out=columns)
 
 
@@ -106,8 +115,18 @@ def project(model: Model, rows: slice, buffer: Tensor, v: int) -> Side:
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total (+)= a @ b, summed over chunks in total's dtype."""
-    if a.dtype == total.dtype:
+    """total (+)= a @ b, summed over chunks in total's dtype.
+
+    Operands that the device does not multiply are widened, a block of a's rows and columns at a time.
+    """
+    if a.device.type == "cpu" and not multiplies(a.dtype):
+        wide = total.float()
+        for out, of_a in zip(wide.split(HEAD_BLOCK), a.split(HEAD_BLOCK), strict=True):
+            for i, (x, y) in enumerate(zip(of_a.split(HEAD_BLOCK, dim=1), b.split(HEAD_BLOCK), strict=True)):
+                torch.addmm(out, x.float(), y.float(), beta=0 if first and i == 0 else 1, out=out)
+        if wide is not total:
+            total.copy_(wide)
+    elif a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     elif a.device.type == "cuda" and total.dtype == torch.float32:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=0 if first else 1, out=total)

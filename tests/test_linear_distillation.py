@@ -18,6 +18,7 @@ from okd_kernels import (
     LinearDistillationLoss,
     LinearHead,
     Objective,
+    chunks,
     distillation_loss,
     linear_distillation_loss,
     memory,
@@ -1130,6 +1131,29 @@ def test_products_of_bf16_operands_on_a_cpu_may_be_bf16(dtype, own, during, monk
         with pytest.raises(ZeroDivisionError):
             project(model, slice(0, 64), out, 5000)
         assert setting.fp32_precision == own
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="other devices multiply 16-bit operands")
+@pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cpu_that_does_not_multiply_16_bits_is_spared_them(dtype, has, monkeypatch):
+    """Its GEMMs get operands widened a block at a time; either way the gradients are as good."""
+    monkeypatch.setattr(chunks, "multiplies", lambda other: has or other != dtype)
+    monkeypatch.setattr(chunks, "HEAD_BLOCK", 24)  # of 131 head rows
+    problem, seen = Problem(dtype=dtype, n=40, ignored=(2, 39)), []
+    watched = {name: getattr(torch, name) for name in ("mm", "addmm")}
+    for name in watched:
+
+        def watch(*args, of=name, **options):
+            seen.extend((x.dtype, x.shape) for x in args[-2:])
+            return watched[of](*args, **options)
+
+        monkeypatch.setattr(chunks.torch, name, watch)
+    for workspace_bytes in (1 << 14, 1 << 17):  # chunks of 13 rows, and one chunk of them all
+        assert_as_good_as_the_reference(problem, "torch", teacher="jsd", workspace_bytes=workspace_bytes)
+    assert (dtype in {x for x, _ in seen}) == has
+    if not has:  # but for the 38 hidden states, no more than a block is widened
+        assert max(max(shape) for _, shape in seen) == 38
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
