@@ -141,7 +141,7 @@ class Floor:
 
     def __init__(self, tensors: list[Tensor], device: str):
         counted = tensors[4] != peers.IGNORE
-        if device == "cpu" and not multiplies(tensors[0].dtype):
+        if not multiplies(tensors[0].dtype, device):
             tensors = [x.float() for x in tensors]
         self.device, (_, self.w, _, self.u, _) = device, tensors
         self.x, self.y = tensors[0][counted], tensors[2][counted]

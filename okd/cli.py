@@ -227,7 +227,7 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     from okd.data import encode, read_jsonl
     from okd.evaluate import evaluate
     from okd.exposure import answerable_prompts, exposure_bias
-    from okd.models import check_tokenizers, load_model, load_tokenizer
+    from okd.models import check_tokenizers, load_tokenizer
 
     if options.exposure_bias is not None and options.teacher is None:
         raise ValueError("expected a teacher to measure exposure bias against; got none: pass --teacher")
@@ -241,8 +241,8 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     print(encoded.summary(), file=sys.stderr)
     if options.exposure_bias is not None:
         answerable_prompts(encoded.rows)  # raises before anything takes time
-    student = load_model(options.student).to(_device())
-    teacher: Any = None if options.teacher is None else load_model(options.teacher).to(_device())
+    student = _load(options.student)
+    teacher: Any = None if options.teacher is None else _load(options.teacher)
     sizes = {name: getattr(options, name) for name in ("batch_size", "max_new_tokens", "vocab_size")}
     metrics, _answers = evaluate(
         student, teacher, tokenizer, encoded.rows, generate=options.answers, seeds=options.seeds, **sizes
@@ -268,12 +268,12 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 def _generate(options: argparse.Namespace, _: list[str]) -> None:
     from okd.answers import generate_answers, prompt_and_reference
     from okd.data import encode, read_jsonl
-    from okd.models import load_model, load_tokenizer, position_limit
+    from okd.models import load_tokenizer, position_limit
 
     # A completion marks where the answer begins; the model never sees it.
     prompts = [{"id": str(i), "prompt": p, "completion": "-"} for i, p in enumerate(options.prompt or [])]
     examples = prompts or read_jsonl(options.file, completions=False)
-    tokenizer, model = load_tokenizer(options.model), load_model(options.model).to(_device())
+    tokenizer, model = load_tokenizer(options.model), _load(options.model)
     limit = position_limit(model) or sys.maxsize
     encoded = encode(examples, tokenizer, max_length=limit, chat_template=_chat_template(options))
     unanswerable = [name for names in encoded.skipped.values() for name in names]
@@ -288,6 +288,12 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
     )
     for answer in answers:
         print(answer["answer"] if options.prompt else json.dumps({k: answer[k] for k in ("id", "prompt", "answer")}))
+
+
+def _load(source: str) -> Any:
+    from okd.models import load_model
+
+    return load_model(source, device=_device()).to(_device())
 
 
 def _device() -> str:

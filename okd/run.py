@@ -92,7 +92,9 @@ class RunConfig:
     eval_answers: int = option(32, "held-out prompts that are answered for ROUGE-L")
     eval_max_new_tokens: int = option(64, "longest such answer, in tokens")
     dtype: str = option(
-        "auto", "dtype of the weights: float32, bfloat16, or auto: as saved, but float32 for the student, which trains"
+        "auto",
+        "dtype of the weights: float32, bfloat16, or auto: as saved, but float32 for the student, which trains, and "
+        "on a CPU that does not multiply what was saved",
     )
     resume: bool = option(False, "go on from the last checkpoint in output_dir")
     overwrite: bool = option(False, "remove the run that output_dir holds")
@@ -122,7 +124,7 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
     checkpoint = _check_output_dir(config, output_dir)
     first_process = args.process_index == 0
     transformers.set_seed(args.seed)
-    student, teacher, tokenizer = _models(config)
+    student, teacher, tokenizer = _models(config, args.device)
     if checkpoint and args.online and args.online_kind == "non_salient":  # chosen once, not again
         teacher = PeftModel.from_pretrained(teacher, str(Path(checkpoint) / ADAPTER), is_trainable=True)
 
@@ -294,18 +296,18 @@ def _remove_run(output_dir: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _models(config: RunConfig) -> tuple[Any, Any, Any]:
+def _models(config: RunConfig, device: torch.device) -> tuple[Any, Any, Any]:
     """(student, teacher, tokenizer), the tokenizer shared by both."""
     student: Any
     teacher: Any = None
     tokenizer: Any = None
     if config.teacher is not None:
-        tokenizer, teacher = load_tokenizer(config.teacher), load_model(config.teacher, config.dtype)
+        tokenizer, teacher = load_tokenizer(config.teacher), load_model(config.teacher, config.dtype, device)
     if config.student is not None:
         student_tokenizer = load_tokenizer(config.student)
         if tokenizer is not None:
             check_tokenizers(student_tokenizer, tokenizer)
-        tokenizer, student = student_tokenizer, load_model(config.student, config.dtype)
+        tokenizer, student = student_tokenizer, load_model(config.student, config.dtype, device)
     else:
         student = teacher
     if config.student_layers is not None:
@@ -319,7 +321,7 @@ def _models(config: RunConfig) -> tuple[Any, Any, Any]:
         if not is_adapter(source):
             check_tokenizers(tokenizer, load_tokenizer(source))
     if config.more_teachers:  # after the student, which is a copy of the first without adapters
-        teacher = load_ensemble(teacher, config.more_teachers, config.dtype)
+        teacher = load_ensemble(teacher, config.more_teachers, config.dtype, device)
     return student, teacher, tokenizer
 
 

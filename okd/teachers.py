@@ -306,7 +306,9 @@ def is_adapter(source: str) -> bool:
     return (Path(source) / "adapter_config.json").is_file()
 
 
-def load_ensemble(first: Any, sources: Sequence[str], dtype: str = "auto") -> Ensemble:
+def load_ensemble(
+    first: Any, sources: Sequence[str], dtype: str = "auto", device: torch.device | None = None
+) -> Ensemble:
     """The first teacher, already loaded, and one for each source: a model, or a directory with an adapter over it."""
     from peft import PeftModel
 
@@ -314,7 +316,7 @@ def load_ensemble(first: Any, sources: Sequence[str], dtype: str = "auto") -> En
     members: list[Any] = []
     for i, source in enumerate(sources, start=2):
         if not is_adapter(source):
-            members.append(load_model(source, dtype))
+            members.append(load_model(source, dtype, device))
             continue
         name = f"teacher_{i}"
         if adapted is None:

@@ -25,6 +25,7 @@ from okd.pair import StudentTeacher
 from okd.sampling import Sampler
 from okd.teachers import Ensemble, check_vocabularies, distance_from_base, prepare_teacher
 from okd_kernels import DistillationLoss
+from okd_kernels.chunks import multiplies
 
 UNLOGGED = {"reverse_kl", "student_entropy", "teacher_entropy", "student_nll", "teacher_nll"}  # of a loss's metrics
 BATCH = ("input_ids", "attention_mask", "positions", "targets", "student_written")  # what the pair's forward takes
@@ -102,6 +103,7 @@ class OKDTrainer(Trainer):
             if several:  # the ensemble has checked its members' heads
                 check_vocabularies(student, teacher, args.vocab_size)
             _check_trained_dtypes("teacher's online module", teacher)
+        _warn_of_slow_products((student, teacher), args)
         _warn_of_long_rows((student, teacher), [*(train_rows or ()), *(eval_rows or ())])
         super().__init__(
             model=StudentTeacher(student, teacher, args),
@@ -358,6 +360,18 @@ def _check_trained_dtypes(name: str, model: nn.Module) -> None:
         logger.warning(
             f"expected the {name} in float32, since its weights train; got bfloat16, in which updates below a 256th of "
             "a weight are lost: call .float() on it (okd train: --dtype float32), and pass bf16=True to compute in bf16"
+        )
+
+
+def _warn_of_slow_products(models: Sequence[Any], args: OKDConfig) -> None:
+    """16-bit models on a CPU without instructions for them train many times as slowly as 32-bit ones."""
+    dtypes = {p.dtype for model in models if model is not None for p in model.parameters()}
+    dtypes |= {dtype for dtype, chosen in ((torch.bfloat16, args.bf16), (torch.float16, args.fp16)) if chosen}
+    slow = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes if not multiplies(dtype, args.device))
+    if slow:
+        logger.warning(
+            f"expected float32 on this CPU, which has no instructions for {' and '.join(slow)} products: training will "
+            "be many times as slow; leave bf16 and fp16 out, and call .float() on 16-bit models (okd train: no --dtype)"
         )
 
 

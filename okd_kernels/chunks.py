@@ -75,11 +75,11 @@ def bf16_products() -> Iterator[None]:
         setting.fp32_precision = "none"
 
 
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies that dtype; where it does not, PyTorch's 16-bit GEMMs are loops, far slower than of
-    widened operands."""
+def multiplies(dtype: torch.dtype, device: str | torch.device) -> bool:
+    """False for 16-bit dtypes on a CPU without instructions for them: PyTorch's GEMMs are loops there, far slower than
+    those of widened operands."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    if name is None:
+    if name is None or torch.device(device).type != "cpu":
         return True
     return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
 
@@ -119,7 +119,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
     Operands that the device does not multiply are widened, a block of a's rows and columns at a time.
     """
-    if a.device.type == "cpu" and not multiplies(a.dtype):
+    if not multiplies(a.dtype, a.device):
         wide = total.float()
         for out, of_a in zip(wide.split(HEAD_BLOCK), a.split(HEAD_BLOCK), strict=True):
             for i, (x, y) in enumerate(zip(of_a.split(HEAD_BLOCK, dim=1), b.split(HEAD_BLOCK), strict=True)):

@@ -213,6 +213,39 @@ def test_resume_with_other_options_is_refused(folder, tmp_path, capsys):
     assert metrics(output)["steps"] == 8
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_16_bit_models_on_a_cpu(folder, tmp_path, monkeypatch, has):
+    """They compute in fp32 where it does not multiply their dtype, unless --dtype says otherwise."""
+    monkeypatch.setattr(models, "multiplies", lambda dtype, device: has or dtype == torch.float32)
+    for name in ("student", "teacher"):
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.bfloat16).save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    for name in ("train.jsonl", "eval.jsonl"):
+        shutil.copy(folder / name, tmp_path / name)
+    own = torch.bfloat16 if has else torch.float32
+
+    def dtypes(command, place):
+        found = []
+
+        def stop(*arguments, **_):
+            found.extend(x.dtype for x in arguments if isinstance(x, torch.nn.Module))
+            raise ValueError("as far as it need go")
+
+        monkeypatch.setattr(place, stop)
+        assert command() == 2
+        return found
+
+    student, teacher = str(tmp_path / "student"), str(tmp_path / "teacher")
+    arguments = ["evaluate", "--student", student, "--teacher", teacher, "--file", str(tmp_path / "eval.jsonl")]
+    assert dtypes(lambda: main(arguments), "okd.evaluate.evaluate") == [own, own]
+    arguments = ["generate", "--model", student, "--prompt", "w2 w3"]
+    assert dtypes(lambda: main(arguments), "okd.answers.generate_answers") == [own]
+    assert dtypes(lambda: train(tmp_path, tmp_path / "a"), "okd.run.OKDTrainer") == [torch.float32, own]
+    chosen = ("--dtype", "bfloat16")
+    assert dtypes(lambda: train(tmp_path, tmp_path / "b", *chosen), "okd.run.OKDTrainer") == 2 * [torch.bfloat16]
+    assert models.load_model(student).dtype == torch.bfloat16, "nobody said where it will compute"
+
+
 def test_a_16_bit_student_trains_in_fp32(folder, tmp_path):
     for name in ("student", "teacher"):
         model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.bfloat16)

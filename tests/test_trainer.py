@@ -548,6 +548,25 @@ def test_16_bit_weights_that_would_train(tmp_path, caplog, side):
         assert len(warned) == (dtype == torch.bfloat16)
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_products_that_a_cpu_has_no_instructions_for_are_warned_of(tmp_path, caplog, has, monkeypatch):
+    monkeypatch.setattr("okd.trainer.multiplies", lambda dtype, device: has or dtype == torch.float32)
+
+    def warnings(**options):
+        caplog.clear()
+        logging.enable_propagation()
+        trainer(tmp_path, **options)
+        logging.disable_propagation()
+        return [r.getMessage() for r in caplog.records if "no instructions" in r.getMessage()]
+
+    assert warnings() == []
+    slow = warnings(bf16=True), warnings(teacher=tiny.llama(seed=1).half(), method="forward_kd")
+    if has:
+        assert slow == ([], [])
+    else:
+        assert "for bfloat16 products" in slow[0][0] and "for float16 products" in slow[1][0]
+
+
 def test_examples_that_are_cut_or_left_out_are_warned_of(tmp_path, caplog):
     examples = [*tiny.examples(4), {"id": "long", "prompt": "w3 " * 600, "completion": "w4"}]
     logging.enable_propagation()
