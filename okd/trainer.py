@@ -158,6 +158,9 @@ class OKDTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one optimizer step, rewritten by the method's sampling policy, and their response tokens."""
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: Trainer would take one step more
+            self.control.should_training_stop = True
+            return [], None
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.pair.at(self.state.global_step, self.state.max_steps)
         if self.args.preset.sequences != "dataset" and batches:

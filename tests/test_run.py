@@ -213,6 +213,17 @@ def test_resume_with_other_options_is_refused(folder, tmp_path, capsys):
     assert metrics(output)["steps"] == 8
 
 
+@pytest.mark.parametrize("method", ["okd", "gkd"])
+def test_to_resume_a_finished_run_changes_nothing(folder, tmp_path, method):
+    options = ("--save-strategy", "steps", "--save-steps", "3", "--gradient-accumulation-steps", "2")
+    students = []
+    for more in ((), ("--resume",), ("--resume",)):
+        assert train(folder, tmp_path, *options, *more, method=method) == 0
+        assert metrics(tmp_path)["steps"] == 6
+        students.append((tmp_path / "student" / "model.safetensors").read_bytes())
+    assert students[0] == students[1] == students[2]
+
+
 @pytest.mark.parametrize("has", [True, False])
 def test_16_bit_models_on_a_cpu(folder, tmp_path, monkeypatch, has):
     """They compute in fp32 where it does not multiply their dtype, unless --dtype says otherwise."""
