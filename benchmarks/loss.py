@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from okd_kernels.chunks import HEAD_BLOCK, multiplies, row_stride
+from okd_kernels.chunks import HEAD_BLOCK, has_fast_gemm, row_stride
 from okd_kernels.memory import release
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -141,7 +141,7 @@ class Floor:
 
     def __init__(self, tensors: list[Tensor], device: str):
         counted = tensors[4] != peers.IGNORE
-        if not multiplies(tensors[0].dtype, device):
+        if not has_fast_gemm(tensors[0].dtype, device):
             tensors = [x.float() for x in tensors]
         self.device, (_, self.w, _, self.u, _) = device, tensors
         self.x, self.y = tensors[0][counted], tensors[2][counted]

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from okd_kernels import LinearHead
-from okd_kernels.chunks import multiplies
+from okd_kernels import LinearHead, has_fast_gemm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,7 +70,7 @@ def load_model(source: str, dtype: str | torch.dtype = "auto", device: str | tor
         # The weights are dequantised; left in the config, this would send `from_pretrained` looking for a GGUF file.
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
-    if dtype == "auto" and device is not None and not multiplies(model.dtype, device):
+    if dtype == "auto" and device is not None and not has_fast_gemm(model.dtype, device):
         model = model.float()
     return model
 

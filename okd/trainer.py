@@ -24,8 +24,7 @@ from okd.objectives import Loss
 from okd.pair import StudentTeacher
 from okd.sampling import Sampler
 from okd.teachers import Ensemble, check_vocabularies, distance_from_base, prepare_teacher
-from okd_kernels import DistillationLoss
-from okd_kernels.chunks import multiplies
+from okd_kernels import DistillationLoss, has_fast_gemm
 
 UNLOGGED = {"reverse_kl", "student_entropy", "teacher_entropy", "student_nll", "teacher_nll"}  # of a loss's metrics
 BATCH = ("input_ids", "attention_mask", "positions", "targets", "student_written")  # what the pair's forward takes
@@ -158,7 +157,7 @@ class OKDTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one optimizer step, rewritten by the method's sampling policy, and their response tokens."""
-        if self.state.global_step >= self.state.max_steps:  # resumed at its end: Trainer would take one step more
+        if 0 < self.state.max_steps <= self.state.global_step:  # resumed at its end: Trainer would take one step more
             self.control.should_training_stop = True
             return [], None
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -370,7 +369,7 @@ def _warn_of_slow_products(models: Sequence[Any], args: OKDConfig) -> None:
     """16-bit models on a CPU without instructions for them train many times as slowly as 32-bit ones."""
     dtypes = {p.dtype for model in models if model is not None for p in model.parameters()}
     dtypes |= {dtype for dtype, chosen in ((torch.bfloat16, args.bf16), (torch.float16, args.fp16)) if chosen}
-    slow = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes if not multiplies(dtype, args.device))
+    slow = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes if not has_fast_gemm(dtype, args.device))
     if slow:
         logger.warning(
             f"expected float32 on this CPU, which has no instructions for {' and '.join(slow)} products: training will "

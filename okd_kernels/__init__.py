@@ -1,6 +1,7 @@
 """Fused knowledge-distillation losses from hidden states and head weights, for the student and for the teacher."""
 
 from okd_kernels.arguments import resolve_backend
+from okd_kernels.chunks import has_fast_gemm
 from okd_kernels.divergences import DIVERGENCES, Divergence, Objective
 from okd_kernels.heads import LinearHead
 from okd_kernels.linear_distillation import LinearDistillationLoss, distillation_loss, linear_distillation_loss
@@ -18,6 +19,7 @@ __all__ = [
     "Objective",
     "TopK",
     "distillation_loss",
+    "has_fast_gemm",
     "linear_distillation_loss",
     "linear_sparse_distillation_loss",
     "linear_topk",

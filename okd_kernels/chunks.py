@@ -75,9 +75,12 @@ def bf16_products() -> Iterator[None]:
         setting.fp32_precision = "none"
 
 
-def multiplies(dtype: torch.dtype, device: str | torch.device) -> bool:
-    """False for 16-bit dtypes on a CPU without instructions for them: PyTorch's GEMMs are loops there, far slower than
-    those of widened operands."""
+def has_fast_gemm(dtype: torch.dtype, device: str | torch.device) -> bool:
+    """Whether products of matrices of this dtype are worth it on this device.
+
+    False for 16-bit dtypes on a CPU without instructions for them: PyTorch's GEMMs are loops there, many times as slow
+    as those of widened operands. The losses widen theirs, and `okd` its models.
+    """
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     if name is None or torch.device(device).type != "cpu":
         return True
@@ -119,7 +122,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
     Operands that the device does not multiply are widened, a block of a's rows and columns at a time.
     """
-    if not multiplies(a.dtype, a.device):
+    if not has_fast_gemm(a.dtype, a.device):
         wide = total.float()
         for out, of_a in zip(wide.split(HEAD_BLOCK), a.split(HEAD_BLOCK), strict=True):
             for i, (x, y) in enumerate(zip(of_a.split(HEAD_BLOCK, dim=1), b.split(HEAD_BLOCK), strict=True)):

@@ -1138,7 +1138,7 @@ def test_products_of_bf16_operands_on_a_cpu_may_be_bf16(dtype, own, during, monk
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cpu_that_does_not_multiply_16_bits_is_spared_them(dtype, has, monkeypatch):
     """Its GEMMs get operands widened a block at a time; either way the gradients are as good."""
-    monkeypatch.setattr(chunks, "multiplies", lambda other, _: has or other != dtype)
+    monkeypatch.setattr(chunks, "has_fast_gemm", lambda other, _: has or other != dtype)
     monkeypatch.setattr(chunks, "HEAD_BLOCK", 24)  # of 131 head rows
     problem, seen = Problem(dtype=dtype, n=40, ignored=(2, 39)), []
     watched = {name: getattr(torch, name) for name in ("mm", "addmm")}

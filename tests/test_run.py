@@ -227,7 +227,7 @@ def test_to_resume_a_finished_run_changes_nothing(folder, tmp_path, method):
 @pytest.mark.parametrize("has", [True, False])
 def test_16_bit_models_on_a_cpu(folder, tmp_path, monkeypatch, has):
     """They compute in fp32 where it does not multiply their dtype, unless --dtype says otherwise."""
-    monkeypatch.setattr(models, "multiplies", lambda dtype, device: has or dtype == torch.float32)
+    monkeypatch.setattr(models, "has_fast_gemm", lambda dtype, device: has or dtype == torch.float32)
     for name in ("student", "teacher"):
         AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.bfloat16).save_pretrained(tmp_path / name)
         tiny.tokenizer().save_pretrained(tmp_path / name)

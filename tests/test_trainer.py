@@ -550,7 +550,7 @@ def test_16_bit_weights_that_would_train(tmp_path, caplog, side):
 
 @pytest.mark.parametrize("has", [True, False])
 def test_products_that_a_cpu_has_no_instructions_for_are_warned_of(tmp_path, caplog, has, monkeypatch):
-    monkeypatch.setattr("okd.trainer.multiplies", lambda dtype, device: has or dtype == torch.float32)
+    monkeypatch.setattr("okd.trainer.has_fast_gemm", lambda dtype, device: has or dtype == torch.float32)
 
     def warnings(**options):
         caplog.clear()
