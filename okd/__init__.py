@@ -1,6 +1,9 @@
 """Online Knowledge Distillation of language models: a thin training layer over `okd_kernels`."""
 
-from okd.config import METHODS, Method, OKDConfig
-from okd.trainer import OKDTrainer
+try:
+    from okd.config import METHODS, Method, OKDConfig
+    from okd.trainer import OKDTrainer
+except ModuleNotFoundError as error:  # the losses alone want torch only
+    raise ImportError(f"expected what okd trains with; got no {error.name}: pip install 'okd-kernels[train]'") from error
 
 __all__ = ["METHODS", "Method", "OKDConfig", "OKDTrainer"]

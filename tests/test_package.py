@@ -33,6 +33,13 @@ def test_importing_the_losses_is_light():
     assert result.stdout.strip() == "[] False", result.stderr
 
 
+def test_training_without_its_packages_says_what_to_install():
+    code = "import sys; sys.modules['peft'] = None; import okd_kernels, okd.cli"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last == "ImportError: expected what okd trains with; got no peft: pip install 'okd-kernels[train]'"
+
+
 def test_imports_point_one_way():
     found = set(imports("okd_kernels"))
     assert not {(f, m) for f, m in found if m == "okd" or m.startswith("okd.")}
