@@ -4,6 +4,6 @@ try:
     from okd.config import METHODS, Method, OKDConfig
     from okd.trainer import OKDTrainer
 except ModuleNotFoundError as error:  # the losses alone want torch only
-    raise ImportError(f"expected what okd trains with; got no {error.name}: pip install 'okd-kernels[train]'") from error
+    raise ImportError(f"okd expected {error.name}; got no such package: pip install 'okd-kernels[train]'") from error
 
 __all__ = ["METHODS", "Method", "OKDConfig", "OKDTrainer"]
