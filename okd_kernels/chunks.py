@@ -118,17 +118,9 @@ def project(model: Model, rows: slice, buffer: Tensor, v: int) -> Side:
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total (+)= a @ b, summed over chunks in total's dtype.
-
-    Operands that the device does not multiply are widened, a block of a's rows and columns at a time.
-    """
+    """total (+)= a @ b, summed over chunks in total's dtype."""
     if not has_fast_gemm(a.dtype, a.device):
-        wide = total.float()
-        for out, of_a in zip(wide.split(HEAD_BLOCK), a.split(HEAD_BLOCK), strict=True):
-            for i, (x, y) in enumerate(zip(of_a.split(HEAD_BLOCK, dim=1), b.split(HEAD_BLOCK), strict=True)):
-                torch.addmm(out, x.float(), y.float(), beta=0 if first and i == 0 else 1, out=out)
-        if wide is not total:
-            total.copy_(wide)
+        _accumulate_widened(total, a, b, first)
     elif a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     elif a.device.type == "cuda" and total.dtype == torch.float32:
@@ -137,6 +129,16 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.copy_(torch.mm(a, b))
     else:
         total.add_(torch.mm(a, b))
+
+
+def _accumulate_widened(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """The same with fp32 operands, of which a block of `a` and its part of `b` exist at a time."""
+    wide = total.float()
+    for out, of_a in zip(wide.split(HEAD_BLOCK), a.split(HEAD_BLOCK), strict=True):
+        for i, (x, y) in enumerate(zip(of_a.split(HEAD_BLOCK, dim=1), b.split(HEAD_BLOCK), strict=True)):
+            torch.addmm(out, x.float(), y.float(), beta=0 if first and i == 0 else 1, out=out)
+    if wide is not total:
+        total.copy_(wide)
 
 
 def backward(model: Model, rows: slice, gradient: Tensor, labels: Tensor | None) -> None:
