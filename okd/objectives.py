@@ -79,7 +79,7 @@ def taid(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Distilla
     """
     t = TAID_START + (1 - TAID_START) * pair.progress
     student, teacher, targets = pair.student_rows(batch), pair.teacher_rows(batch), batch["targets"]
-    loss = pair.distil(student, teacher, targets, normalizer, teacher=None, teacher_share=t)
+    loss = pair.distil(student, teacher, targets, normalizer, teacher=None, target_mix=t)
     shares = torch.full_like(loss.metrics["forward_kl"], t)
     metrics = {"student_nll": loss.metrics["student_nll"], "target_kl": loss.metrics["forward_kl"], "target_t": shares}
     if pair.teacher_objective is None:
@@ -154,8 +154,7 @@ def mixkd(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Distill
     with torch.no_grad():
         teacher = mixed_rows(pair.teacher)
     objective = pair.student_objective
-    parameters = dict(zip(DIVERGENCES[objective.divergence].parameters, (objective.a, objective.b), strict=False))
-    alone = Objective(objective.divergence, args.mixup_weight, **parameters)
+    alone = Objective(objective.divergence, args.mixup_weight, **objective.parameters)
     mixed_divergence = pair.distil(student, teacher, counted, count, student=alone, teacher=None).student
 
     # The cross-entropy with two labels is the divergence from their mixture, and that mixture's entropy.
@@ -166,8 +165,8 @@ def mixkd(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Distill
         torch.stack((targets, others), 1),
         torch.stack((share, 1 - share), 1).log(),
         counted,
+        student=Objective(weight=args.mixup_ce_weight),
         tail="none",
-        weight=args.mixup_ce_weight,
         normalizer=count,
         vocab_size=args.vocab_size,
     ).student
@@ -221,7 +220,7 @@ def distillm2(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Dis
     count = _count(batch, normalizer)
     own = batch["student_written"][batch["positions"] // batch["input_ids"].shape[1]]  # (N,) bool
     parts = []
-    lowering = Objective("skew_reverse_kl_detached", alpha=pair.student_objective.a)
+    lowering = Objective("skew_reverse_kl_detached", alpha=pair.student_objective.alpha)
     for objective, rows, options in ((pair.student_objective, ~own, {}), (lowering, own, _no_references(pair))):
         at = rows.nonzero().squeeze(1)  # synchronises once, where sampling has done so for every token
         parts.append(pair.distil(student[at], teacher[at], targets[at], count, student=objective, **options))
@@ -247,8 +246,7 @@ def _nll(
         unused,
         torch.zeros_like(unused, dtype=torch.float32),
         targets,
-        weight=0.0,
-        ce_weight=ce_weight,
+        student=Objective(weight=0.0, ce_weight=ce_weight),
         normalizer=normalizer,
         vocab_size=pair.args.vocab_size,
         **options,

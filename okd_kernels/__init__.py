@@ -1,13 +1,17 @@
 """Fused knowledge-distillation losses from hidden states and head weights, for the student and for the teacher."""
 
-from okd_kernels.arguments import resolve_backend
-from okd_kernels.chunks import has_fast_gemm
+from okd_kernels.call import resolve_backend
 from okd_kernels.divergences import DIVERGENCES, Divergence, Objective
+from okd_kernels.gemms import has_fast_gemm
 from okd_kernels.heads import LinearHead
-from okd_kernels.linear_distillation import LinearDistillationLoss, distillation_loss, linear_distillation_loss
-from okd_kernels.sparse import TopK, linear_sparse_distillation_loss, linear_topk
-from okd_kernels.tokens import DistillationLoss
-from okd_kernels.vocab_parallel import vocab_parallel_distillation_loss
+from okd_kernels.losses import (
+    LinearDistillationLoss,
+    distillation_loss,
+    linear_distillation_loss,
+    linear_sparse_distillation_loss,
+)
+from okd_kernels.problem import DistillationLoss
+from okd_kernels.topk import TopK, linear_topk
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,5 +28,4 @@ __all__ = [
     "linear_sparse_distillation_loss",
     "linear_topk",
     "resolve_backend",
-    "vocab_parallel_distillation_loss",
 ]

@@ -35,6 +35,7 @@ except ImportError:  # macOS, Windows: the torch backend needs no rules
         return None
 
 
+Terms = tuple[Tensor, Tensor]  # the pointwise term l, and its slope g
 TINY = 1e-37  # floor of a mixture before its logarithm: above fp32's smallest normal number
 
 
@@ -44,106 +45,104 @@ def exp(x):
     return tl.exp2(x * 1.4426950408889634)
 
 
-# --- forward KL, KL(p || q) --------------------------------------------------------------------------------------
+# --- forward KL, KL(p || q) ------------------------------------------------------------------------------------------
 
 
-def _forward_kl(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+def _forward_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
     return p * (log_p - log_q) - p + q, q - p
 
 
 @jit
-def _forward_kl_rule(log_q, log_p, q, p, a, b):
+def _forward_kl_rule(log_q, log_p, q, p, alpha, beta):
     return p * (log_p - log_q) - p + q, q - p
 
 
-# --- reverse KL, KL(q || p) --------------------------------------------------------------------------------------
+# --- reverse KL, KL(q || p) ------------------------------------------------------------------------------------------
 
 
-def _reverse_kl(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+def _reverse_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
     g = q * (log_q - log_p)
     return g - q + p, g
 
 
 @jit
-def _reverse_kl_rule(log_q, log_p, q, p, a, b):
+def _reverse_kl_rule(log_q, log_p, q, p, alpha, beta):
     g = q * (log_q - log_p)
     return g - q + p, g
 
 
-# --- skew KL, KL(p || m), m = a p + (1 - a) q  (DistiLLM, arXiv 2402.03898, Eq. 3) ------------------------------------
+# --- skew KL, KL(p || m), m = alpha p + (1 - alpha) q  (DistiLLM, arXiv 2402.03898, Eq. 3) ---------------------------
 
 
-def _skew_kl(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
-    m = (a * p + (1 - a) * q).clamp_min(TINY)
-    return p * (log_p - m.log()) - p + m, (1 - a) * q * (1 - p / m)
+def _skew_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
+    m = (alpha * p + (1 - alpha) * q).clamp_min(TINY)
+    return p * (log_p - m.log()) - p + m, (1 - alpha) * q * (1 - p / m)
 
 
 @jit
-def _skew_kl_rule(log_q, log_p, q, p, a, b):
-    m = tl.maximum(a * p + (1 - a) * q, 1e-37)
-    return p * (log_p - tl.log(m)) - p + m, (1 - a) * q * (1 - p / m)
+def _skew_kl_rule(log_q, log_p, q, p, alpha, beta):
+    m = tl.maximum(alpha * p + (1 - alpha) * q, 1e-37)
+    return p * (log_p - tl.log(m)) - p + m, (1 - alpha) * q * (1 - p / m)
 
 
-# --- skew reverse KL, KL(q || m), m = (1 - a) p + a q  (DistiLLM, Eq. 4) ---------------------------------------------
+# --- skew reverse KL, KL(q || m), m = (1 - alpha) p + alpha q  (DistiLLM, Eq. 4) -------------------------------------
 
 
-def _skew_reverse_kl(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
-    m = ((1 - a) * p + a * q).clamp_min(TINY)
+def _skew_reverse_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
+    m = ((1 - alpha) * p + alpha * q).clamp_min(TINY)
     g = q * (log_q - m.log())
-    return g - q + m, g + a * q * (1 - q / m)
+    return g - q + m, g + alpha * q * (1 - q / m)
 
 
 @jit
-def _skew_reverse_kl_rule(log_q, log_p, q, p, a, b):
-    m = tl.maximum((1 - a) * p + a * q, 1e-37)
+def _skew_reverse_kl_rule(log_q, log_p, q, p, alpha, beta):
+    m = tl.maximum((1 - alpha) * p + alpha * q, 1e-37)
     g = q * (log_q - tl.log(m))
-    return g - q + m, g + a * q * (1 - q / m)
+    return g - q + m, g + alpha * q * (1 - q / m)
 
 
-# --- the same number with the q in m held still: the gradient of KL(q || m), m constant  (DistiLLM-2, 2503.07067) -----
+# --- the same number with the q in m held still: the gradient of KL(q || m), m constant  (DistiLLM-2, 2503.07067) ----
 
 
-def _skew_reverse_kl_detached(
-    log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, a: float, b: float
-) -> tuple[Tensor, Tensor]:
-    m = ((1 - a) * p + a * q.detach()).clamp_min(TINY)
+def _skew_reverse_kl_detached(log_q, log_p, q, p, alpha, beta) -> Terms:
+    m = ((1 - alpha) * p + alpha * q.detach()).clamp_min(TINY)
     g = q * (log_q - m.log())
     return g - q + m, g
 
 
 @jit
-def _skew_reverse_kl_detached_rule(log_q, log_p, q, p, a, b):
-    m = tl.maximum((1 - a) * p + a * q, 1e-37)
+def _skew_reverse_kl_detached_rule(log_q, log_p, q, p, alpha, beta):
+    m = tl.maximum((1 - alpha) * p + alpha * q, 1e-37)
     g = q * (log_q - tl.log(m))
     return g - q + m, g
 
 
-# --- generalised JSD, b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q  (GKD, arXiv 2306.13649, Eq. 1) ----------
+# --- generalised JSD, beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q  (GKD, arXiv 2306.13649, Eq. 1)
 
 
-def _jsd(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
-    log_m = (a * p + (1 - a) * q).clamp_min(TINY).log()
-    g = (1 - a) * q * (log_q - log_m)
-    return g + a * p * (log_p - log_m), g
+def _jsd(log_q, log_p, q, p, alpha, beta) -> Terms:
+    log_m = (beta * p + (1 - beta) * q).clamp_min(TINY).log()
+    g = (1 - beta) * q * (log_q - log_m)
+    return g + beta * p * (log_p - log_m), g
 
 
 @jit
-def _jsd_rule(log_q, log_p, q, p, a, b):
-    log_m = tl.log(tl.maximum(a * p + (1 - a) * q, 1e-37))
-    g = (1 - a) * q * (log_q - log_m)
-    return g + a * p * (log_p - log_m), g
+def _jsd_rule(log_q, log_p, q, p, alpha, beta):
+    log_m = tl.log(tl.maximum(beta * p + (1 - beta) * q, 1e-37))
+    g = (1 - beta) * q * (log_q - log_m)
+    return g + beta * p * (log_p - log_m), g
 
 
-# --- total variation, sum |p - q| / 2 ----------------------------------------------------------------------------
+# --- total variation, sum |p - q| / 2 --------------------------------------------------------------------------------
 
 
-def _tvd(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+def _tvd(log_q, log_p, q, p, alpha, beta) -> Terms:
     difference = q - p
     return 0.5 * difference.abs(), 0.5 * q * difference.sign()
 
 
 @jit
-def _tvd_rule(log_q, log_p, q, p, a, b):
+def _tvd_rule(log_q, log_p, q, p, alpha, beta):
     sign = tl.where(q > p, 1.0, 0.0) - tl.where(q < p, 1.0, 0.0)
     return 0.5 * tl.abs(q - p), 0.5 * q * sign
 
@@ -152,13 +151,13 @@ def _tvd_rule(log_q, log_p, q, p, a, b):
 # Relative to the larger of p and q, as exp(x) - 1: the textbook's powers cancel where p and q are close.
 
 
-def _alpha_beta(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+def _alpha_beta(log_q, log_p, q, p, alpha, beta) -> Terms:
     top = torch.maximum(log_q, log_p)
     to_q, to_p = log_q - top, log_p - top
-    scale = ((a + b) * top).exp()
-    q_term, mixed = torch.expm1((a + b) * to_q), torch.expm1(a * to_p + b * to_q)
-    l = (a * torch.expm1((a + b) * to_p) + b * q_term) / (a + b) - mixed
-    return scale * l / (a * b), scale * (q_term - mixed) / a
+    scale = ((alpha + beta) * top).exp()
+    q_term, mixed = torch.expm1((alpha + beta) * to_q), torch.expm1(alpha * to_p + beta * to_q)
+    l = (alpha * torch.expm1((alpha + beta) * to_p) + beta * q_term) / (alpha + beta) - mixed
+    return scale * l / (alpha * beta), scale * (q_term - mixed) / alpha
 
 
 @jit
@@ -169,18 +168,19 @@ def _expm1(x):
 
 
 @jit
-def _alpha_beta_rule(log_q, log_p, q, p, a, b):
+def _alpha_beta_rule(log_q, log_p, q, p, alpha, beta):
     top = tl.maximum(log_q, log_p)
     to_q = log_q - top
     to_p = log_p - top
-    scale = exp((a + b) * top)
-    q_term = _expm1((a + b) * to_q)
-    mixed = _expm1(a * to_p + b * to_q)
-    l = (a * _expm1((a + b) * to_p) + b * q_term) * (1 / (a + b)) - mixed  # one division for all: a, b are scalars
-    return scale * l * (1 / (a * b)), scale * (q_term - mixed) * (1 / a)
+    scale = exp((alpha + beta) * top)
+    q_term = _expm1((alpha + beta) * to_q)
+    mixed = _expm1(alpha * to_p + beta * to_q)
+    # Reciprocals of scalars: one division for all elements.
+    l = (alpha * _expm1((alpha + beta) * to_p) + beta * q_term) * (1 / (alpha + beta)) - mixed
+    return scale * l * (1 / (alpha * beta)), scale * (q_term - mixed) * (1 / alpha)
 
 
-# --- the table ---------------------------------------------------------------------------------------------------
+# --- the table -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -190,19 +190,19 @@ class Divergence:
     Attributes:
         name: its key in `DIVERGENCES`.
         definition: the formula, for documentation.
-        formula: PyTorch, `(log_q, log_p, q, p, a, b) -> (l, g)`, elementwise, any floating dtype.
+        formula: PyTorch, `(log_q, log_p, q, p, alpha, beta) -> (l, g)`, elementwise, any floating dtype.
         rule: the same in Triton; `None` where Triton is not installed.
-        parameters: name -> default of its at most two parameters, passed as `a`, `b`.
+        dual: `(alpha, beta) -> Objective`: the same number, seen by the other side. That of a divergence which holds a
+            part of its learner still has no such part: its own dual is the one that differentiates all of it.
+        parameters: name -> default, names out of `alpha` and `beta`.
         limits: parameter values at which the divergence is another one: `(values, name)` pairs.
-        dual: `(a, b) -> Objective`: the same number, seen by the other side. That of a divergence which holds a part
-            of its learner still has no such part: its own dual is the one that differentiates all of it.
-        slope_sum: `sum_v g_v` if the statistics pass knows it ("zero", or "value": the divergence itself);
-            else `None`, and the row needs a third pass.
+        slope_sum: `sum_v g_v` if the statistics of a row give it ("zero", or "value": the divergence itself);
+            else `None`, and the row needs a pass for it.
     """
 
     name: str
     definition: str
-    formula: Callable[[Tensor, Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
+    formula: Callable[..., Terms]
     rule: Any
     dual: Callable[[float, float], Objective]
     parameters: Mapping[str, float] = field(default_factory=dict)
@@ -210,75 +210,45 @@ class Divergence:
     slope_sum: str | None = None
 
 
-DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
-    {
-        entry.name: entry
-        for entry in (
-            Divergence(
-                "forward_kl",
-                "KL(p || q)",
-                _forward_kl,
-                _forward_kl_rule,
-                dual=lambda a, b: Objective("reverse_kl"),
-                slope_sum="zero",
-            ),
-            Divergence(
-                "reverse_kl",
-                "KL(q || p)",
-                _reverse_kl,
-                _reverse_kl_rule,
-                dual=lambda a, b: Objective("forward_kl"),
-                slope_sum="value",
-            ),
-            Divergence(
-                "skew_kl",
-                "KL(p || a p + (1 - a) q)",
-                _skew_kl,
-                _skew_kl_rule,
-                lambda a, b: Objective("skew_reverse_kl", alpha=a),
-                {"alpha": 0.1},
-                limits=(((0.0,), "forward_kl"),),
-            ),
-            Divergence(
-                "skew_reverse_kl",
-                "KL(q || (1 - a) p + a q)",
-                _skew_reverse_kl,
-                _skew_reverse_kl_rule,
-                lambda a, b: Objective("skew_kl", alpha=a),
-                {"alpha": 0.1},
-                limits=(((0.0,), "reverse_kl"),),
-            ),
-            Divergence(
-                "skew_reverse_kl_detached",
-                "KL(q || (1 - a) p + a q), the q in the mixture held still",
-                _skew_reverse_kl_detached,
-                _skew_reverse_kl_detached_rule,
-                lambda a, b: Objective("skew_kl", alpha=a),
-                {"alpha": 0.1},
-                limits=(((0.0,), "reverse_kl"),),
-            ),
-            Divergence(
-                "jsd",
-                "b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q",
-                _jsd,
-                _jsd_rule,
-                lambda a, b: Objective("jsd", beta=1 - a),
-                {"beta": 0.5},
-                limits=(((0.0,), "forward_kl"), ((1.0,), "reverse_kl")),
-            ),
-            Divergence("tvd", "sum |p - q| / 2", _tvd, _tvd_rule, dual=lambda a, b: Objective("tvd")),
-            Divergence(
-                "alpha_beta",
-                "-sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)] / (a b)",
-                _alpha_beta,
-                _alpha_beta_rule,
-                lambda a, b: Objective("alpha_beta", alpha=b, beta=a),
-                {"alpha": 0.2, "beta": 0.7},
-                limits=(((1.0, 0.0), "forward_kl"), ((0.0, 1.0), "reverse_kl")),
-            ),
-        )
-    }
+SKEW, AT_0 = {"alpha": 0.1}, (0.0,)
+_ENTRIES = (
+    Divergence(
+        *("forward_kl", "KL(p || q)", _forward_kl, _forward_kl_rule),
+        dual=lambda alpha, beta: Objective("reverse_kl"),
+        slope_sum="zero",
+    ),
+    Divergence(
+        *("reverse_kl", "KL(q || p)", _reverse_kl, _reverse_kl_rule),
+        dual=lambda alpha, beta: Objective("forward_kl"),
+        slope_sum="value",
+    ),
+    Divergence(
+        *("skew_kl", "KL(p || alpha p + (1 - alpha) q)", _skew_kl, _skew_kl_rule),
+        *(lambda alpha, beta: Objective("skew_reverse_kl", alpha=alpha), SKEW, ((AT_0, "forward_kl"),)),
+    ),
+    Divergence(
+        *("skew_reverse_kl", "KL(q || (1 - alpha) p + alpha q)", _skew_reverse_kl, _skew_reverse_kl_rule),
+        *(lambda alpha, beta: Objective("skew_kl", alpha=alpha), SKEW, ((AT_0, "reverse_kl"),)),
+    ),
+    Divergence(
+        *("skew_reverse_kl_detached", "KL(q || (1 - alpha) p + alpha q), the q in the mixture held still"),
+        *(_skew_reverse_kl_detached, _skew_reverse_kl_detached_rule),
+        *(lambda alpha, beta: Objective("skew_kl", alpha=alpha), SKEW, ((AT_0, "reverse_kl"),)),
+    ),
+    Divergence(
+        *("jsd", "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q", _jsd, _jsd_rule),
+        *(lambda alpha, beta: Objective("jsd", beta=1 - beta), {"beta": 0.5}),
+        limits=((AT_0, "forward_kl"), ((1.0,), "reverse_kl")),
+    ),
+    Divergence("tvd", "sum |p - q| / 2", _tvd, _tvd_rule, dual=lambda alpha, beta: Objective("tvd")),
+    Divergence(
+        *("alpha_beta", "-sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)] / (a b), a = alpha, b = beta"),
+        *(_alpha_beta, _alpha_beta_rule),
+        *(lambda alpha, beta: Objective("alpha_beta", alpha=beta, beta=alpha), {"alpha": 0.2, "beta": 0.7}),
+        limits=(((1.0, 0.0), "forward_kl"), ((0.0, 1.0), "reverse_kl")),
+    ),
 )
+DIVERGENCES: Mapping[str, Divergence] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
 
 
 @dataclass(frozen=True, init=False)
@@ -290,7 +260,8 @@ class Objective:
     the target `p`, so `forward_kl` is KL(student || teacher).
 
     At a limit the objective becomes the divergence found there: `jsd` at beta 0 is forward KL and at 1 reverse KL
-    (GKD's convention), skew at alpha 0 is its KL, `alpha_beta` at (1, 0) / (0, 1) is forward / reverse KL.
+    (GKD's convention), skew at alpha 0 is its KL, `alpha_beta` at (1, 0) / (0, 1) is forward / reverse KL. A parameter
+    that the divergence does not have is 0.
 
     Raises:
         ValueError: unknown divergence or parameter, a parameter out of range, or a negative or infinite weight.
@@ -299,8 +270,8 @@ class Objective:
     divergence: str
     weight: float
     ce_weight: float
-    a: float
-    b: float
+    alpha: float
+    beta: float
 
     def __init__(
         self, divergence: str = "forward_kl", weight: float = 1.0, ce_weight: float = 0.0, **parameters: float
@@ -315,22 +286,20 @@ class Objective:
         if unknown:
             takes = f"takes {', '.join(entry.parameters)}" if entry.parameters else "takes no parameter"
             raise ValueError(f"{divergence} {takes}; got {', '.join(unknown)}: remove or rename it")
-        values = tuple(float(parameters.get(name, default)) for name, default in entry.parameters.items())
-        limit = dict(entry.limits).get(values)
+        values = {name: float(parameters.get(name, default)) for name, default in entry.parameters.items()}
+        limit = dict(entry.limits).get(tuple(values.values()))
         if limit is not None:
-            divergence, values = limit, ()
-        elif divergence == "alpha_beta":
-            if min(values) <= 0 or max(values) == math.inf:
+            divergence, values = limit, {}
+        for name, value in values.items():
+            if divergence == "alpha_beta" and not 0 < value < math.inf:
                 raise ValueError(
-                    f"alpha_beta: expected alpha > 0 and beta > 0, or (1, 0) or (0, 1); got alpha={values[0]}, "
-                    f"beta={values[1]}: use a small positive value in place of 0"
+                    f"alpha_beta: expected alpha > 0 and beta > 0, or (1, 0) or (0, 1); got alpha={values['alpha']}, "
+                    f"beta={values['beta']}: use a small positive value in place of 0"
                 )
-        elif values and not 0 < values[0] < 1:
-            (name,) = entry.parameters
-            raise ValueError(f"{divergence}: expected {name} between 0 and 1; got {values[0]}")
-        a, b = (*values, 0.0, 0.0)[:2]
-        fields = {"divergence": divergence, "weight": float(weight), "ce_weight": float(ce_weight), "a": a, "b": b}
-        for name, field_value in fields.items():
+            if divergence != "alpha_beta" and not 0 < value < 1:
+                raise ValueError(f"{divergence}: expected {name} between 0 and 1; got {value}")
+        fields = {"divergence": divergence, "weight": float(weight), "ce_weight": float(ce_weight)}
+        for name, field_value in {**fields, "alpha": 0.0, "beta": 0.0, **values}.items():
             object.__setattr__(self, name, field_value)
 
     @classmethod
@@ -340,10 +309,10 @@ class Objective:
             raise TypeError(f"expected a divergence's name or an Objective; got {objective!r}")
         return cls(objective) if isinstance(objective, str) else objective
 
-    def loss(self, divergence: Tensor, nll: Tensor, temperature: float) -> Tensor:
-        """weight T^2 divergence + ce_weight nll; a weight of 0 drops its term, even where that is infinite."""
-        terms = ((self.weight * temperature**2, divergence), (self.ce_weight, nll))
-        return sum((weight * term for weight, term in terms if weight != 0), torch.zeros_like(nll))
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The divergence's own parameters, as the constructor takes them."""
+        return {name: getattr(self, name) for name in DIVERGENCES[self.divergence].parameters}
 
     @property
     def dual(self) -> Objective:
@@ -352,6 +321,5 @@ class Objective:
         With `teacher=student.dual`, one divergence is differentiated into both sides: student and teacher minimise it
         together (PESF-KD's joint training), instead of each holding the other still. A cross-entropy stays behind.
         """
-        other = DIVERGENCES[self.divergence].dual(self.a, self.b)
-        object.__setattr__(other, "weight", self.weight)
-        return other
+        other = DIVERGENCES[self.divergence].dual(self.alpha, self.beta)
+        return Objective(other.divergence, self.weight, **other.parameters)

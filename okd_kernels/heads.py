@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from okd_kernels.gather import gathered_products
-
+GATHERED_ELEMENTS = 1 << 24  # of the gathered rows (c, K, D) that exist at a time: 64 MiB in fp32
 SCALES = {  # configurations' names for a factor of the logits, and the power that it has
     "logit_scale": 1,  # Cohere
     "logits_scaling": -1,  # Granite, MiniCPM3
@@ -24,6 +24,9 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 @dataclass(frozen=True)
 class LinearHead:
     """logits = softcap * tanh(logit_scale * x / softcap), x = hidden @ weight.T + bias + LoRA; else no tanh.
+
+    A weight or bias that FSDP2 has sharded (a DTensor) is gathered when a loss is computed, once a call; its gradient
+    comes back in its placement, averaged over the ranks, as FSDP2 does with all others.
 
     Attributes:
         weight: (V, D).
@@ -47,12 +50,6 @@ class LinearHead:
             kind = self.weight.dtype if isinstance(self.weight, Tensor) else type(self.weight).__name__
             raise TypeError(
                 f"expected the head's weight as a floating-point tensor (V, D); got {kind}: dequantise it first"
-            )
-        if hasattr(self.weight, "full_tensor"):
-            raise TypeError(
-                "expected the head's weight as a plain tensor; got a DTensor: compute the loss inside the forward of "
-                "the FSDP root module, which gathers it, or pass weight.full_tensor(); for a head sharded by rows, see "
-                "vocab_parallel_distillation_loss with weight.to_local()"
             )
         if self.weight.dim() != 2:
             raise ValueError(f"expected the head's weight of shape (V, D); got {tuple(self.weight.shape)}")
@@ -120,33 +117,41 @@ class LinearHead:
         softcap = next((cap for name in SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
         return cls(head.weight, head.bias, scale, softcap, head.lora)
 
+    def gathered(self) -> LinearHead:
+        """The same head in plain tensors: itself, unless it is sharded."""
+        tensors = (self.weight, self.bias, *(self.lora or ())[:2])
+        if not any(isinstance(x, Tensor) and hasattr(x, "full_tensor") for x in tensors):
+            return self
+        lora = None if self.lora is None else (_gathered(self.lora[0]), _gathered(self.lora[1]), self.lora[2])
+        bias = None if self.bias is None else _gathered(self.bias)
+        return LinearHead(_gathered(self.weight), bias, self.logit_scale, self.softcap, lora)
+
     def cast(self, dtype: torch.dtype) -> LinearHead:
         """The same head in another dtype; gradients flow through the cast."""
         bias = None if self.bias is None else self.bias.to(dtype)
         lora = None if self.lora is None else (self.lora[0].to(dtype), self.lora[1].to(dtype), self.lora[2])
         return LinearHead(self.weight.to(dtype), bias, self.logit_scale, self.softcap, lora)
 
-    def low_rank(self, hidden: Tensor, labels: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    def low_rank(self, hidden: Tensor, ignored: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """(scaling * hidden @ A.T, B): the LoRA as r more inner dimensions of the GEMM; (None, None) without.
 
-        In hidden's dtype: PEFT keeps an adapter in fp32 beside a 16-bit model. Rows with a negative label (N,) may hold
-        anything.
+        In hidden's dtype: PEFT keeps an adapter in fp32 beside a 16-bit model. Ignored rows (N,) may hold anything.
         """
         if self.lora is None:
             return None, None
         down, up, scaling = self.lora
-        if labels is not None:
-            hidden = hidden.masked_fill((labels < 0).unsqueeze(1), 0)
-        return scaling * (hidden @ down.to(hidden.dtype).t()), up.to(hidden.dtype)
+        if ignored is not None:
+            hidden = hidden.masked_fill(ignored.unsqueeze(1), 0)
+        return scaling * (hidden @ down.to(hidden.dtype).t()), up
 
     def logits(self, hidden: Tensor, vocab_size: int | None = None) -> Tensor:
         """Whole logits (..., vocab_size) by the definition above."""
         x = hidden @ self.weight[:vocab_size].t()
         if self.bias is not None:
             x = x + self.bias[:vocab_size]
-        low, up = self.low_rank(hidden)
-        if low is not None and up is not None:
-            x = x + low @ up[:vocab_size].t()
+        lora_x, lora_b = self.low_rank(hidden)
+        if lora_x is not None and lora_b is not None:
+            x = x + lora_x @ lora_b[:vocab_size].to(hidden.dtype).t()
         return self._scaled(x)
 
     def logits_at(
@@ -161,14 +166,36 @@ class LinearHead:
         x = gathered_products(hidden, self.weight, ids)
         if self.bias is not None:
             x = x + self.bias[ids]
-        low, up = self.low_rank(hidden)
-        if low is not None and up is not None:
-            x = x + gathered_products(low, up, ids)
+        lora_x, lora_b = self.low_rank(hidden)
+        if lora_x is not None and lora_b is not None:
+            x = x + gathered_products(lora_x, lora_b.to(hidden.dtype), ids)
         return self._scaled(x)
 
     def _scaled(self, x: Tensor) -> Tensor:
         x = x * self.logit_scale
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
+
+
+def _gathered(x: Tensor) -> Tensor:
+    return _Gathered.apply(x) if hasattr(x, "full_tensor") else x
+
+
+class _Gathered(torch.autograd.Function):
+    """The whole of a DTensor. Backward averages the ranks' gradients and leaves each its part: what FSDP2 does, and what
+    is right, too, where all ranks have computed the same one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Tensor:
+        ctx.mesh, ctx.placements = x.device_mesh, x.placements
+        return x.full_tensor()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        from torch.distributed.tensor import DTensor, Partial
+
+        mean = upstream[0] / ctx.mesh.size()
+        parts = DTensor.from_local(mean, ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False)
+        return parts.redistribute(placements=ctx.placements)
 
 
 def _active_lora(layer: Any) -> tuple[Tensor, Tensor, float] | None:
@@ -187,3 +214,49 @@ def _active_lora(layer: Any) -> tuple[Tensor, Tensor, float] | None:
             "one, set its dropout to 0, or merge it"
         )
     return layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
+
+
+def gathered_products(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    ids: Tensor,  # (N, K) int64
+) -> Tensor:
+    """out[n, k] = hidden[n] . weight[ids[n, k]], (N, K), in fp32 (fp64 for fp64 operands), also under autocast.
+
+    The gathered rows, (N, K, D), exist a chunk of tokens at a time, in forward and in backward.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _GatheredProducts.apply(hidden, weight, ids)
+
+
+class _GatheredProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight, ids)
+        dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+        out = hidden.new_empty(ids.shape, dtype=dtype)
+        for rows in _chunks(ids, hidden.shape[1]):
+            out[rows] = torch.linalg.vecdot(weight[ids[rows]].to(dtype), hidden[rows].to(dtype).unsqueeze(1))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = upstream
+        hidden, weight, ids = ctx.saved_tensors
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=gradient.dtype) if needs_weight else None
+        for rows in _chunks(ids, hidden.shape[1]):
+            g = gradient[rows].unsqueeze(2)  # (c, K, 1)
+            if grad_hidden is not None:
+                grad_hidden[rows] = (g * weight[ids[rows]]).sum(1).to(hidden.dtype)
+            if grad_weight is not None:
+                parts = g * hidden[rows].unsqueeze(1)  # (c, K, D)
+                grad_weight.index_add_(0, ids[rows].flatten(), parts.flatten(0, 1).to(grad_weight.dtype))
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None
+
+
+def _chunks(ids: Tensor, width: int) -> Iterator[slice]:
+    n, k = ids.shape
+    step = max(1, GATHERED_ELEMENTS // max(1, k * width))
+    return (slice(start, start + step) for start in range(0, n, step))

@@ -23,7 +23,7 @@ _kept = threading.local()
 
 
 def workspace(*shapes: tuple[int, ...], like: Tensor) -> list[Tensor]:
-    """Uninitialised tensors of `like`'s dtype and device, aligned to 64 bytes, valid until the thread's next call."""
+    """Uninitialised tensors of `like`'s dtype and device, aligned to 64 bytes, valid until this thread calls again."""
     sizes = [-(-math.prod(shape) // 16) * 16 for shape in shapes]
     if like.device.type == "cpu":
         n_bytes = sum(sizes) * like.element_size()
