@@ -19,7 +19,6 @@ from okd.models import hidden_states
 from okd.ranking import soft_rank, spearman
 from okd.selection import Lesson
 from okd_kernels import (
-    DIVERGENCES,
     DistillationLoss,
     LinearHead,
     Objective,

@@ -61,12 +61,10 @@ def vocabulary_of(operands: Operands, spec: Spec) -> Vocabulary:
     teacher = student if spec.tail else columns(operands.teacher_hidden, operands.teacher_weight)
     labels = operands.labels
     counted = len(operands.row_weights) if labels is None else int((labels != spec.ignore_index).sum())
-    facts = {"number of counted tokens": counted, **spec._asdict()}
-    for name in ("group", "student_dtype", "teacher_dtype"):
-        facts[name] = str(facts[name])
-    del facts["group"]
+    options = {name: str(x) if isinstance(x, torch.dtype) else x for name, x in spec._asdict().items() if name != "group"}
+    facts = {"number of counted tokens": counted, **options}
     device = operands.student_hidden.device
-    return shared_vocabulary(spec.group, [student, teacher], spec.vocab_size, device, **facts)
+    return shared_vocabulary(spec.group, [student, teacher], spec.vocab_size, device, facts)
 
 
 def counted_rows(labels: Tensor, compact: bool) -> Tensor | None:

@@ -33,7 +33,9 @@ class Vocabulary(NamedTuple):
         return parts
 
 
-def shared_vocabulary(name: str, heads: list[int], vocab_size: int, device: torch.device, **facts: Any) -> Vocabulary:
+def shared_vocabulary(
+    name: str, heads: list[int], vocab_size: int, device: torch.device, facts: dict[str, Any]
+) -> Vocabulary:
     """Of heads with these rows on this rank, in the group of that name; with vocab_size > 0 later columns are cut off.
 
     Raises ValueError, on all ranks: heads that are split differently, ranks without a column, and whatever of `facts`
