@@ -167,9 +167,9 @@ def token_statistics(
             student_hidden = _response_hidden(student, batch)
             teacher_hidden = student_hidden if teacher is None else _response_hidden(teacher, batch)
             targets = batch["targets"].to(student_hidden.device)
-            loss = linear_distillation_loss(
-                student_hidden, student_head, teacher_hidden, teacher_head, targets, vocab_size=vocab_size
-            )
+            hiddens_and_heads = (student_hidden, student_head, teacher_hidden, teacher_head)
+            # compact: all rows are counted
+            loss = linear_distillation_loss(*hiddens_and_heads, targets, vocab_size=vocab_size, compact=False)
             # on the CPU: one transfer a batch, and not every accelerator has float64
             tokens = torch.stack([loss.metrics[name] for name in STATISTICS]).cpu().double()
             counts = (batch["labels"][:, 1:] != IGNORE).sum(1).tolist()

@@ -93,6 +93,7 @@ def taid(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Distilla
         temperature=pair.args.temperature,
         normalizer=normalizer,
         vocab_size=pair.args.vocab_size,
+        compact=False,
     )
     metrics |= {"forward_kl": reverse.metrics["reverse_kl"], "top1_agreement": reverse.metrics["top1_agreement"]}
     return DistillationLoss(loss.student, reverse.student, metrics)
@@ -154,7 +155,7 @@ def mixkd(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Distill
         teacher = mixed_rows(pair.teacher)
     objective = pair.student_objective
     alone = Objective(objective.divergence, args.mixup_weight, **objective.parameters)
-    mixed_divergence = pair.distil(student, teacher, counted, count, student=alone, teacher=None).student
+    mixed = pair.distil(student, teacher, counted, count, student=alone, teacher=None, compact=True)
 
     # The cross-entropy with two labels is the divergence from their mixture, and that mixture's entropy.
     share = shares[positions // ids.shape[1]]
@@ -172,7 +173,7 @@ def mixkd(pair: StudentTeacher, batch: Batch, normalizer: Normalizer) -> Distill
     entropy = torch.special.entr(share) + torch.special.entr(1 - share)
     entropy = args.mixup_ce_weight * torch.where(in_both & (targets != others), entropy, 0).sum() / count
     metrics = loss.metrics | {"mixed_share": in_both.float()}
-    return loss._replace(student=loss.student + mixed_divergence + cross_entropy + entropy, metrics=metrics)
+    return loss._replace(student=loss.student + mixed.student + cross_entropy + entropy, metrics=metrics)
 
 
 def minillm(
@@ -248,6 +249,7 @@ def _nll(
         student=Objective(weight=0.0, ce_weight=ce_weight),
         normalizer=normalizer,
         vocab_size=pair.args.vocab_size,
+        compact=False,
         **options,
     )
 

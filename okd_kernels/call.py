@@ -180,8 +180,8 @@ def check_options(
         return
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
-            "expected an initialised process group; got none: call torch.distributed.init_process_group first, or leave "
-            "out group where one process holds whole heads"
+            "expected an initialised process group; got none: call torch.distributed.init_process_group first, or "
+            "leave out group where one process holds whole heads"
         )
     if backend == "reference":
         raise ValueError("expected whole heads for backend='reference'; got a group: use backend='auto'")
@@ -235,8 +235,8 @@ def check_tail(tail: str, divergence: str) -> None:
         )
     if tail == "none" and divergence != "forward_kl":
         raise ValueError(
-            f"expected forward_kl for tail='none'; got {divergence!r}: only KL(p || q) is linear in what it learns of p, "
-            "so that samples estimate its gradient without bias: use tail='bucket' or 'renormalize'"
+            f"expected forward_kl for tail='none'; got {divergence!r}: only KL(p || q)'s gradient is linear in p, so "
+            "that samples estimate its gradient without bias: use tail='bucket' or 'renormalize'"
         )
 
 

@@ -45,9 +45,7 @@ def exp(x):
     return tl.exp2(x * 1.4426950408889634)
 
 
-# --- forward KL, KL(p || q) ------------------------------------------------------------------------------------------
-
-
+# --- forward KL, KL(p || q)
 def _forward_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
     return p * (log_p - log_q) - p + q, q - p
 
@@ -57,9 +55,7 @@ def _forward_kl_rule(log_q, log_p, q, p, alpha, beta):
     return p * (log_p - log_q) - p + q, q - p
 
 
-# --- reverse KL, KL(q || p) ------------------------------------------------------------------------------------------
-
-
+# --- reverse KL, KL(q || p)
 def _reverse_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
     g = q * (log_q - log_p)
     return g - q + p, g
@@ -71,9 +67,7 @@ def _reverse_kl_rule(log_q, log_p, q, p, alpha, beta):
     return g - q + p, g
 
 
-# --- skew KL, KL(p || m), m = alpha p + (1 - alpha) q  (DistiLLM, arXiv 2402.03898, Eq. 3) ---------------------------
-
-
+# --- skew KL, KL(p || m), m = alpha p + (1 - alpha) q  (DistiLLM, arXiv 2402.03898, Eq. 3)
 def _skew_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
     m = (alpha * p + (1 - alpha) * q).clamp_min(TINY)
     return p * (log_p - m.log()) - p + m, (1 - alpha) * q * (1 - p / m)
@@ -85,9 +79,7 @@ def _skew_kl_rule(log_q, log_p, q, p, alpha, beta):
     return p * (log_p - tl.log(m)) - p + m, (1 - alpha) * q * (1 - p / m)
 
 
-# --- skew reverse KL, KL(q || m), m = (1 - alpha) p + alpha q  (DistiLLM, Eq. 4) -------------------------------------
-
-
+# --- skew reverse KL, KL(q || m), m = (1 - alpha) p + alpha q  (DistiLLM, Eq. 4)
 def _skew_reverse_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
     m = ((1 - alpha) * p + alpha * q).clamp_min(TINY)
     g = q * (log_q - m.log())
@@ -101,9 +93,7 @@ def _skew_reverse_kl_rule(log_q, log_p, q, p, alpha, beta):
     return g - q + m, g + alpha * q * (1 - q / m)
 
 
-# --- the same number with the q in m held still: the gradient of KL(q || m), m constant  (DistiLLM-2, 2503.07067) ----
-
-
+# --- the same number with the q in m held still: the gradient of KL(q || m), m constant  (DistiLLM-2, 2503.07067)
 def _skew_reverse_kl_detached(log_q, log_p, q, p, alpha, beta) -> Terms:
     m = ((1 - alpha) * p + alpha * q.detach()).clamp_min(TINY)
     g = q * (log_q - m.log())
@@ -117,9 +107,7 @@ def _skew_reverse_kl_detached_rule(log_q, log_p, q, p, alpha, beta):
     return g - q + m, g
 
 
-# --- generalised JSD, beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q  (GKD, arXiv 2306.13649, Eq. 1)
-
-
+# --- generalised JSD, beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q  (GKD, 2306.13649, Eq. 1)
 def _jsd(log_q, log_p, q, p, alpha, beta) -> Terms:
     log_m = (beta * p + (1 - beta) * q).clamp_min(TINY).log()
     g = (1 - beta) * q * (log_q - log_m)
@@ -133,9 +121,7 @@ def _jsd_rule(log_q, log_p, q, p, alpha, beta):
     return g + beta * p * (log_p - log_m), g
 
 
-# --- total variation, sum |p - q| / 2 --------------------------------------------------------------------------------
-
-
+# --- total variation, sum |p - q| / 2
 def _tvd(log_q, log_p, q, p, alpha, beta) -> Terms:
     difference = q - p
     return 0.5 * difference.abs(), 0.5 * q * difference.sign()
@@ -180,9 +166,7 @@ def _alpha_beta_rule(log_q, log_p, q, p, alpha, beta):
     return scale * l * (1 / (alpha * beta)), scale * (q_term - mixed) * (1 / alpha)
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
-
-
+# --- the table
 @dataclass(frozen=True)
 class Divergence:
     """One divergence: pointwise term and slope, in PyTorch and in Triton.
@@ -210,41 +194,67 @@ class Divergence:
     slope_sum: str | None = None
 
 
-SKEW, AT_0 = {"alpha": 0.1}, (0.0,)
 _ENTRIES = (
     Divergence(
-        *("forward_kl", "KL(p || q)", _forward_kl, _forward_kl_rule),
+        "forward_kl",
+        "KL(p || q)",
+        _forward_kl,
+        _forward_kl_rule,
         dual=lambda alpha, beta: Objective("reverse_kl"),
         slope_sum="zero",
     ),
     Divergence(
-        *("reverse_kl", "KL(q || p)", _reverse_kl, _reverse_kl_rule),
+        "reverse_kl",
+        "KL(q || p)",
+        _reverse_kl,
+        _reverse_kl_rule,
         dual=lambda alpha, beta: Objective("forward_kl"),
         slope_sum="value",
     ),
     Divergence(
-        *("skew_kl", "KL(p || alpha p + (1 - alpha) q)", _skew_kl, _skew_kl_rule),
-        *(lambda alpha, beta: Objective("skew_reverse_kl", alpha=alpha), SKEW, ((AT_0, "forward_kl"),)),
+        "skew_kl",
+        "KL(p || alpha p + (1 - alpha) q)",
+        _skew_kl,
+        _skew_kl_rule,
+        dual=lambda alpha, beta: Objective("skew_reverse_kl", alpha=alpha),
+        parameters={"alpha": 0.1},
+        limits=(((0.0,), "forward_kl"),),
     ),
     Divergence(
-        *("skew_reverse_kl", "KL(q || (1 - alpha) p + alpha q)", _skew_reverse_kl, _skew_reverse_kl_rule),
-        *(lambda alpha, beta: Objective("skew_kl", alpha=alpha), SKEW, ((AT_0, "reverse_kl"),)),
+        "skew_reverse_kl",
+        "KL(q || (1 - alpha) p + alpha q)",
+        _skew_reverse_kl,
+        _skew_reverse_kl_rule,
+        dual=lambda alpha, beta: Objective("skew_kl", alpha=alpha),
+        parameters={"alpha": 0.1},
+        limits=(((0.0,), "reverse_kl"),),
     ),
     Divergence(
-        *("skew_reverse_kl_detached", "KL(q || (1 - alpha) p + alpha q), the q in the mixture held still"),
-        *(_skew_reverse_kl_detached, _skew_reverse_kl_detached_rule),
-        *(lambda alpha, beta: Objective("skew_kl", alpha=alpha), SKEW, ((AT_0, "reverse_kl"),)),
+        "skew_reverse_kl_detached",
+        "KL(q || (1 - alpha) p + alpha q), the q in the mixture held still",
+        _skew_reverse_kl_detached,
+        _skew_reverse_kl_detached_rule,
+        dual=lambda alpha, beta: Objective("skew_kl", alpha=alpha),
+        parameters={"alpha": 0.1},
+        limits=(((0.0,), "reverse_kl"),),
     ),
     Divergence(
-        *("jsd", "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q", _jsd, _jsd_rule),
-        *(lambda alpha, beta: Objective("jsd", beta=1 - beta), {"beta": 0.5}),
-        limits=((AT_0, "forward_kl"), ((1.0,), "reverse_kl")),
+        "jsd",
+        "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q",
+        _jsd,
+        _jsd_rule,
+        dual=lambda alpha, beta: Objective("jsd", beta=1 - beta),
+        parameters={"beta": 0.5},
+        limits=(((0.0,), "forward_kl"), ((1.0,), "reverse_kl")),
     ),
     Divergence("tvd", "sum |p - q| / 2", _tvd, _tvd_rule, dual=lambda alpha, beta: Objective("tvd")),
     Divergence(
-        *("alpha_beta", "-sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)] / (a b), a = alpha, b = beta"),
-        *(_alpha_beta, _alpha_beta_rule),
-        *(lambda alpha, beta: Objective("alpha_beta", alpha=beta, beta=alpha), {"alpha": 0.2, "beta": 0.7}),
+        "alpha_beta",
+        "-sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)] / (a b), a = alpha, b = beta",
+        _alpha_beta,
+        _alpha_beta_rule,
+        dual=lambda alpha, beta: Objective("alpha_beta", alpha=beta, beta=alpha),
+        parameters={"alpha": 0.2, "beta": 0.7},
         limits=(((1.0, 0.0), "forward_kl"), ((0.0, 1.0), "reverse_kl")),
     ),
 )
@@ -293,8 +303,8 @@ class Objective:
         for name, value in values.items():
             if divergence == "alpha_beta" and not 0 < value < math.inf:
                 raise ValueError(
-                    f"alpha_beta: expected alpha > 0 and beta > 0, or (1, 0) or (0, 1); got alpha={values['alpha']}, "
-                    f"beta={values['beta']}: use a small positive value in place of 0"
+                    f"alpha_beta: expected alpha > 0 and beta > 0, or (1, 0) or (0, 1); got {values}: use a small positive "
+                    "value in place of 0"
                 )
             if divergence != "alpha_beta" and not 0 < value < 1:
                 raise ValueError(f"{divergence}: expected {name} between 0 and 1; got {value}")

@@ -181,8 +181,8 @@ def _gathered(x: Tensor) -> Tensor:
 
 
 class _Gathered(torch.autograd.Function):
-    """The whole of a DTensor. Backward averages the ranks' gradients and leaves each its part: what FSDP2 does, and what
-    is right, too, where all ranks have computed the same one."""
+    """The whole of a DTensor. Backward averages the ranks' gradients and leaves each its part: what FSDP2 does, and
+    right, too, where all ranks have computed the same one."""
 
     @staticmethod
     def forward(ctx: Any, x: Any) -> Tensor:

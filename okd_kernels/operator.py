@@ -50,7 +50,7 @@ def arguments_of(arguments: tuple[Any, ...]) -> tuple[Operands, Spec]:
 
 
 def vocabulary_of(operands: Operands, spec: Spec) -> Vocabulary:
-    """This rank's columns. With a group, the ranks tell each other what they do; raises ValueError on all if it differs."""
+    """This rank's columns. With a group the ranks compare what they do; raises ValueError on all where it differs."""
 
     def columns(hidden: Tensor | None, weight: Tensor | None) -> int:
         return len(weight) if weight is not None else hidden.shape[1] if hidden is not None else 0
@@ -61,7 +61,9 @@ def vocabulary_of(operands: Operands, spec: Spec) -> Vocabulary:
     teacher = student if spec.tail else columns(operands.teacher_hidden, operands.teacher_weight)
     labels = operands.labels
     counted = len(operands.row_weights) if labels is None else int((labels != spec.ignore_index).sum())
-    options = {name: str(x) if isinstance(x, torch.dtype) else x for name, x in spec._asdict().items() if name != "group"}
+    options = {
+        name: str(x) if isinstance(x, torch.dtype) else x for name, x in spec._asdict().items() if name != "group"
+    }
     facts = {"number of counted tokens": counted, **options}
     device = operands.student_hidden.device
     return shared_vocabulary(spec.group, [student, teacher], spec.vocab_size, device, facts)
@@ -80,6 +82,7 @@ def counted_rows(labels: Tensor, compact: bool) -> Tensor | None:
 
 
 def _distil(*arguments: Any) -> Outputs:
+    """The operator's implementation, on any device."""
     operands, spec = arguments_of(arguments)
     vocabulary = vocabulary_of(operands, spec)
     labels, kept = operands.labels, None
@@ -87,13 +90,13 @@ def _distil(*arguments: Any) -> Outputs:
         labels = check_labels(labels, spec.ignore_index, vocabulary.whole)
         kept = counted_rows(labels, spec.compact)
 
-    def counted(x: Tensor | None) -> Tensor | None:
-        return x if kept is None or x is None else x[kept]
+    def counted(x: Tensor) -> Tensor:
+        return x if kept is None else x[kept]
 
     models = [Model("student", operands, spec, kept, vocabulary)]
     sparse, dtype = None, wide(spec.student_dtype, spec.teacher_dtype)
     target: Target
-    if spec.tail:
+    if operands.target_ids is not None and operands.target_log_probs is not None:
         sparse = target = SparseTarget(
             *(counted(operands.target_ids), counted(operands.target_log_probs), dtype, vocabulary),
             tail=spec.tail,
@@ -106,8 +109,7 @@ def _distil(*arguments: Any) -> Outputs:
     if spec.target_mix != 1.0:
         target = MixedTarget(target, spec.target_mix)
 
-    row_labels, factors = counted(labels), counted(operands.row_weights)
-    assert factors is not None
+    row_labels, factors = None if labels is None else counted(labels), counted(operands.row_weights)
     n, n_metrics = len(operands.row_weights), len(METRICS) + (len(SPARSE_METRICS) if spec.tail else 0)
     losses = factors.new_zeros(len(factors), 2, dtype=dtype)
     metrics = factors.new_zeros(len(factors), n_metrics, dtype=dtype)
@@ -142,8 +144,9 @@ def _distil(*arguments: Any) -> Outputs:
     weights = operands.row_weights if labels is None else operands.row_weights.masked_fill((labels < 0).unsqueeze(1), 0)
     totals = (losses * weights).sum(0) * operands.inverse_normalizer
     found = {name: gradient for model in models for name, gradient in model.gradients().items()}
-    by_side = (x[..., i].clone() for x in (totals, losses) for i in (0, 1))  # outputs of an operator must not alias
-    return Outputs(*by_side, metrics, [found[name] for name in wanted(spec)])
+    # Outputs of an operator must not alias.
+    (student_total, teacher_total), (student, teacher) = ((x[..., i].clone() for i in (0, 1)) for x in (totals, losses))
+    return Outputs(student_total, teacher_total, student, teacher, metrics, [found[name] for name in wanted(spec)])
 
 
 def wanted(spec: Spec) -> list[str]:
@@ -159,10 +162,12 @@ def _(*arguments: Any) -> Outputs:
     operands, spec = arguments_of(arguments)
     dtype, x = wide(spec.student_dtype, spec.teacher_dtype), operands.student_hidden
     n_metrics = len(METRICS) + (len(SPARSE_METRICS) if spec.tail else 0)
-    shapes = (), (), (len(x),), (len(x),), (len(x), n_metrics)
     tensors = (getattr(operands, name) for name in wanted(spec))
     gradients = [torch.empty_like(t, dtype=gradient_dtype(t), memory_format=torch.contiguous_format) for t in tensors]
-    return Outputs(*(x.new_empty(shape, dtype=dtype) for shape in shapes), gradients)
+    s_total, t_total, student, teacher, metrics = (
+        x.new_empty(shape, dtype=dtype) for shape in ((), (), (len(x),), (len(x),), (len(x), n_metrics))
+    )
+    return Outputs(s_total, t_total, student, teacher, metrics, gradients)
 
 
 def kept_for_another_backward(gradient: Tensor) -> bool:
@@ -212,7 +217,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         saved = operands._replace(row_weights=None, inverse_normalizer=None)  # type: ignore[arg-type]
         ctx.save_for_backward(*(x.clone() if x is not None and x.is_inference() else x for x in saved))
     else:
-        # Beside `save_for_backward`, whose tensors may go to the host and back: V x D of a step's making is not worth it.
+        # Not by `save_for_backward`, whose tensors activation offloading would bring to the host and back: V x D.
         ctx.gradients = [gradient.detach() for gradient in output[5]]  # attached, they would hold this node
 
 
@@ -220,9 +225,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 def _backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
     of_side = dict(zip(("student", "teacher"), upstream[2:4] if ctx.spec.per_token else upstream[:2], strict=True))
     factors = {name: of_side[name.partition("_")[0]] for name in ctx.spec.wanted.split(",") if name}
-    names = [
-        name for name, factor in factors.items() if factor is not None
-    ]  # a loss that nobody differentiates has none
+    names = [name for name, factor in factors.items() if factor is not None]  # else: a loss that nobody differentiates
     found: dict[str, Tensor] = {}
     if names and ctx.spec.per_token:
         given = next(x for x in of_side.values() if x is not None)

@@ -166,8 +166,8 @@ def solve(
     target_mix: float,
     group: dist.ProcessGroup | None,
     compact: bool,
-    workspace_bytes: int | None,
     backend: str,
+    workspace_bytes: int | None = None,
     targets: tuple[Tensor, ...] = (),  # ids and log-probabilities (N, K) of sparse ones
     tail: str = "",
 ) -> DistillationLoss:

@@ -82,7 +82,7 @@ def _grow(
     x, difference, rise, other_rise, total, total_at_1, cross, rate,
     HAS_TEMPERATURE: tl.constexpr, HAS_CROSS: tl.constexpr,
 ):  # fmt: skip
-    """One side's running sums after a block of x, taken from a top that has risen; `difference`: u - z, so taken too."""
+    """One side's running sums after a block of x, taken from a top that has risen; `difference` is u - z, so taken."""
     e = tl.exp2(x * rate)
     fall = tl.exp2(-rise * rate)
     if HAS_CROSS:

@@ -141,7 +141,7 @@ def finish(
     vocab_size: int,
     mass: Tensor | None = None,  # (N,) M, of a target that sums to M: the student's D is M D(p / M, q) + M log M
 ) -> tuple[Tensor, Tensor]:
-    """Losses (N, 2) and metrics (N, len(METRICS)) of whole rows; zeros in ignored ones, NaN where a label is no token."""
+    """Losses (N, 2) and metrics (N, len(METRICS)) of whole rows: 0 in ignored ones, NaN where a label is no token."""
     top, _, total_at_1, _, label = statistics.unbind(-1)
     divergences, kls, entropies = values[:, :2], values[:, 2:4], values[:, 4:6]
     nll = torch.zeros_like(divergences)

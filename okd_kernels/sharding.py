@@ -41,7 +41,7 @@ def shared_vocabulary(
     Raises ValueError, on all ranks: heads that are split differently, ranks without a column, and whatever of `facts`
     (JSON) is not the same everywhere.
     """
-    group = dist.distributed_c10d._resolve_process_group(name)
+    group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
     message = json.dumps({"heads": heads, **facts}).encode()
     padded = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
     padded[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)

@@ -1,7 +1,7 @@
 """One model of a call: what the chunks take of it, made of the call's operands, and the way back from the gradients.
 
-A LoRA on a head is r more inner dimensions: [hidden, x A^T] [W, B]^T costs a copy of W, where a product of its own would
-cost one more pass over fp32 logits in each chunk.
+A LoRA on a head is r more inner dimensions: [hidden, x A^T] [W, B]^T costs a copy of W, where a product of its own
+would cost one more pass over fp32 logits in each chunk.
 
 Legend: N tokens, n of them counted, V vocabulary rows of this rank, D inner size, c rows of a chunk.
 """
@@ -62,8 +62,8 @@ class Side(NamedTuple):
         return any(gradient is not None for gradient in (self.grad_hidden, self.grad_weight, self.grad_bias))
 
     def project(self, rows: slice, buffer: Tensor, vocab_size: int) -> LogitRows:
-        """The rows' logits in the buffer (>= c, >= V). Their gradient goes there, too: a 16-bit one takes the first half
-        of its row. Logits that are given stay as they are."""
+        """The rows' logits in the buffer (>= c, >= V). Their gradient goes there, too: a 16-bit one takes the first
+        half of its row. Logits that are given stay as they are."""
         transformations = (self.bias, self.logit_scale, self.softcap)
         if self.weight is None:
             gradient = None if self.grad_hidden is None else self.grad_hidden[rows]
@@ -132,7 +132,7 @@ class Model:
         columns = self._columns("hidden", "lora_x"), self._columns("weight", "lora_b")
         buffers: list[Tensor | None] = [None, None, None]
         if {f"{self.name}_hidden", f"{self.name}_lora_x"} & self.wanted:
-            # A sum over ranks of rounded parts would be worse than one process: parts are summed wide, and rounded once.
+            # A sum over ranks of rounded parts would be worse than one process: parts are wide, and rounded once.
             dtype = gradient_dtype(of["hidden"])
             dtype = wide(dtype) if self.vocabulary.group is not None and side.weight is not None else dtype
             buffers[0] = torch.empty_like(
@@ -165,7 +165,7 @@ class Model:
 
     def gradients(self) -> dict[str, Tensor]:
         """Of the operands that are wanted, by their names: scaled, in the operands' rows and dtypes."""
-        side, found = self.side, {}
+        side, found = self.side, dict[str, Tensor]()
         if side.grad_hidden is not None:
             total = side.grad_hidden
             if side.weight is None:
@@ -179,11 +179,11 @@ class Model:
                     0, self.kept, total
                 )
             found |= self._by_columns(total, side.hidden_columns, "hidden", "lora_x")
-        for total in (side.grad_weight, side.grad_bias):
-            if total is not None:  # padding, or everything where no chunk has written
-                total[self.vocabulary.size if len(side.hidden) else 0 :] = 0
+        for by_column in (side.grad_weight, side.grad_bias):
+            if by_column is not None:  # padding, or everything where no chunk has written
+                by_column[self.vocabulary.size if len(side.hidden) else 0 :] = 0
                 if self.deferred_scale is not None:
-                    total.mul_(self.deferred_scale)
+                    by_column.mul_(self.deferred_scale)
         if side.grad_weight is not None:
             found |= self._by_columns(side.grad_weight, side.weight_columns, "weight", "lora_b")
         if side.grad_bias is not None:

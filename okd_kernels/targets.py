@@ -5,8 +5,8 @@
     `MixedTarget`         any of them, part of the way from the student
 
 A sparse target is a dense teacher. With p on K ids and p_tail left for all others, let p~_v be p_v on the ids and
-p_tail q_v / q_tail off them, held still. On the tail p~ / q is one ratio, so that every f-divergence of p~ and q is that
-of their K + 1 outcomes, and so is its slope. In logits over T:
+p_tail q_v / q_tail off them, held still. On the tail p~ / q is one ratio, so that every f-divergence of p~ and q is
+that of their K + 1 outcomes, and so is its slope. In logits over T:
 
     u_v = log p_v                           on the ids
     u_v = z_v - lse_off_ids(z) + log p_tail off them
@@ -42,7 +42,7 @@ class Target(Protocol):
 
 
 class MixedTarget:
-    """softmax((1 - mix) z + mix u): between the student z, held still, and another target u (TAID, arXiv 2501.16937)."""
+    """softmax((1 - mix) z + mix u): from the student z, held still, to another target u (TAID, arXiv 2501.16937)."""
 
     def __init__(self, target: Target, mix: float):
         self.target, self.mix = target, mix
@@ -73,7 +73,7 @@ def sums_by_column(column: Tensor, p: Tensor) -> Tensor:
 
 
 class SparseTarget:
-    """K probabilities a row, and what their tail is. `masses` (N, len(SPARSE_METRICS)) are there after the last fill."""
+    """K probabilities a row, and what their tail is."""
 
     def __init__(
         self,

@@ -282,8 +282,8 @@ class TorchRows:
                 fill(at)
             sides = rows.student.at(at), rows.teacher.at(at)
             logits = self._load(sides, None if ignored is None else ignored[at])
-            labels = (None, None) if target is None or here is None else (target[:, at], here[at])
-            yield Part(at, sides, logits, *labels, weights[at]), self.block
+            at_label = None if target is None else target[:, at]
+            yield Part(at, sides, logits, at_label, None if here is None else here[at], weights[at]), self.block
 
     def _load(self, sides: tuple[LogitRows, LogitRows], ignored: Tensor | None) -> list[Tensor]:
         """Fill the block; the logits as they went there."""
@@ -319,8 +319,8 @@ class TorchRows:
         return torch.stack([tops, sums, sums_at_1, cross, at_label.to(tops.dtype)], -1)
 
     def _emit(self, part: Part, block: Block, slopes: Tensor | None, log_sums_at_1: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of a block; and of its values (2, n) sums, (2, n, 3) products, and (2, n) tops, offsets, divergences,
-        masses that meet log 0, common tops."""
+        """Gradients of a block; and, of its values, sums (2, n), products (2, n, 3), tops, offsets, divergences, masses
+        that meet log 0 (2, n), and common tops (1, n)."""
         common = torch.mul(*block.exp, out=block.spare[0]).amax(-1)  # 1 where one token is the most probable of both
         lost = divergences = self.nothing[:, : block.n]
         if self.careful:

@@ -40,7 +40,7 @@ TEXTBOOK = {
 
 def evaluate(objective, log_q, log_p):
     entry = DIVERGENCES[objective.divergence]
-    return entry.formula(log_q, log_p, log_q.exp(), log_p.exp(), objective.a, objective.b)
+    return entry.formula(log_q, log_p, log_q.exp(), log_p.exp(), objective.alpha, objective.beta)
 
 
 def logit_gradient(objective, log_q, log_p):
