@@ -146,10 +146,11 @@ class LinearHead:
 
     def logits(self, hidden: Tensor, vocab_size: int | None = None) -> Tensor:
         """Whole logits (..., vocab_size) by the definition above."""
-        x = hidden @ self.weight[:vocab_size].t()
-        if self.bias is not None:
-            x = x + self.bias[:vocab_size]
-        lora_x, lora_b = self.low_rank(hidden)
+        head = self.gathered()
+        x = hidden @ head.weight[:vocab_size].t()
+        if head.bias is not None:
+            x = x + head.bias[:vocab_size]
+        lora_x, lora_b = head.low_rank(hidden)
         if lora_x is not None and lora_b is not None:
             x = x + lora_x @ lora_b[:vocab_size].to(hidden.dtype).t()
         return self._scaled(x)
@@ -163,10 +164,11 @@ class LinearHead:
 
         Costs K dot products a row, where `logits` costs V. Ids of one row may repeat.
         """
-        x = gathered_products(hidden, self.weight, ids)
-        if self.bias is not None:
-            x = x + self.bias[ids]
-        lora_x, lora_b = self.low_rank(hidden)
+        head = self.gathered()
+        x = gathered_products(hidden, head.weight, ids)
+        if head.bias is not None:
+            x = x + head.bias[ids]
+        lora_x, lora_b = head.low_rank(hidden)
         if lora_x is not None and lora_b is not None:
             x = x + gathered_products(lora_x, lora_b.to(hidden.dtype), ids)
         return self._scaled(x)

@@ -193,17 +193,21 @@ def test_of_takes_a_weight_a_linear_layer_or_a_head():
     assert LinearHead.of(head) is head
 
 
-def test_a_sharded_weight_is_refused(tmp_path):
-    """FSDP2 outside of the root's forward: a DTensor must not slip into a GEMM."""
+def test_a_sharded_weight_is_gathered(tmp_path):
+    """FSDP2 outside of the root's forward: a DTensor must not slip into a GEMM, and its gradient is one, too."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        weight = distribute_tensor(torch.zeros(8, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
-        with pytest.raises(TypeError, match=r"got a DTensor: compute the loss inside.*weight.full_tensor\(\)"):
-            LinearHead(weight)
+        hidden, whole, ids = torch.randn(3, 4), torch.randn(8, 4), torch.tensor([[1, 7], [0, 0], [5, 2]])
+        weight = distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)]).requires_grad_()
+        head, expected = LinearHead(weight), LinearHead(whole.requires_grad_())
+        assert torch.equal(head.logits_at(hidden, ids), expected.logits_at(hidden, ids))
+        for logits in (head.logits(hidden), expected.logits(hidden)):
+            logits.square().sum().backward()
+        assert weight.grad.placements == (Shard(0),) and torch.equal(weight.grad.full_tensor(), whole.grad)
     finally:
         dist.destroy_process_group()
 
@@ -211,7 +215,7 @@ def test_a_sharded_weight_is_refused(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"logit_scale": 0.3}, {"softcap": 2.0, "logit_scale": 1.5}], ids=str)
 def test_logits_at_chosen_ids_are_those_of_all_logits(options, monkeypatch):
     """Values and gradients of everything the head has; ids that repeat; three tokens at a time."""
-    monkeypatch.setattr("okd_kernels.gather.CHUNK_ELEMENTS", 3 * 4 * 8)
+    monkeypatch.setattr("okd_kernels.heads.GATHERED_ELEMENTS", 3 * 4 * 8)
     n, k, v, d, r = 7, 4, 11, 8, 2
     leaves = [
         torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((n, d), (v, d), (v,), (r, d), (v, r))

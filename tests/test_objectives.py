@@ -257,7 +257,7 @@ def test_every_parameter_that_learns_gets_a_gradient(name, kind):
 
 def test_cross_entropy_makes_no_logits_of_the_whole_batch(monkeypatch):
     """Every tensor that is made on the way, forward and backward, stays below N x V."""
-    monkeypatch.setitem(okd_kernels.arguments.WORKSPACE_BYTES, "cpu", 1 << 14)
+    monkeypatch.setitem(okd_kernels.call.WORKSPACE_BYTES, "cpu", 1 << 14)
     both = pair("cross_entropy", vocab=512)
     inputs = batch([{"input_ids": list(range(2, 60)), "labels": [IGNORE, *range(3, 60)]}] * 6)
 
