@@ -1,11 +1,13 @@
 """Time, memory and gradient error of the loss, from hidden states to gradients: `python -m benchmarks.loss --help`.
 
 Time: all candidates in one process, round-robin, there and back, the first round discarded; beside them, in the same
-rounds, the bare GEMMs that no method without approximation can avoid (the floor). Ratios are medians over rounds. On a
-GPU a round queues each of them several times, as a trainer does, after one more that is not timed: the host's overhead
-hides, and the clocks are those of a GPU at this very work, not at what came before. Memory: the peak beyond inputs and
-returned gradients, each candidate in a fresh process. Error: of the gradients at std(z - u) = 0.1, against plain
+rounds, the bare GEMMs that no method without approximation can avoid (the floor, `benchmarks.floor`), and with
+`--against` another version of this library ("before"). Ratios are medians over rounds. Memory: the peak beyond inputs
+and returned gradients, each candidate in a fresh process. Error: of the gradients at std(z - u) = 0.1, against plain
 PyTorch in fp64 on the same operands.
+
+Besides divergences of a whole teacher, whom "okd" and "mutual" let learn (`benchmarks.peers`): "sparse", of 64 target
+probabilities a row, and on a CPU "sharded", over a vocabulary that two processes share (`benchmarks.sharded`).
 """
 
 from __future__ import annotations
@@ -18,190 +20,34 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
-from itertools import pairwise
 from operator import truediv
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks import peers
-from okd_kernels.chunks import HEAD_BLOCK, has_fast_gemm, row_stride
-from okd_kernels.memory import release
+from benchmarks import checkout, peers, sharded
+from benchmarks.cases import DTYPES, KINDS, PRESETS, SHARDED, Candidate, Case, step
+from benchmarks.floor import PARTS, Floor, seconds
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ACCURACY_TOKENS = 128
 TRUTH_BYTES = 16 << 30  # above this, heads in fp64 would not fit beside the rest: the truth is then fp32
-QUEUED = 4  # timed runs of one measurement on a GPU
-FLOOR_CHUNKS = (256, 512, 1024, 2048, 4096)
+BEFORE = "before"
 SWEEPS = {"tokens": (256, 512, 1024, 2048, 4096), "vocab": (8192, 16384, 32768, 65536, 131072)}
-
-
-@dataclass(frozen=True)
-class Case:
-    """The shapes of one comparison: V, D_s, D_t, N, and what is asked of them."""
-
-    vocab: int
-    student: int
-    teacher: int
-    tokens: int
-    dtype: str = "fp32"
-    device: str = "cpu"
-    divergence: str = "forward_kl"
-    masked: int = 0
-
-    def operands(self) -> list[Tensor]:
-        shapes = (self.vocab, self.student, self.teacher, self.tokens)
-        return peers.operands(*shapes, dtype=DTYPES[self.dtype], device=self.device, masked=self.masked)
-
-
-PRESETS = {
-    "tiny": Case(8192, 64, 128, 256),
-    "smollm2-cpu": Case(49152, 576, 1536, 1024),  # the 135M student; a teacher between 360M (960) and 1.7B (2048)
-    "gpt2-base<-xl": Case(50257, 768, 1600, 8192),
-    "llama-1b<-8b": Case(128256, 2048, 4096, 8192),
-    "qwen2.5-0.5b<-7b": Case(151936, 896, 3584, 8192),
-    "gemma-1b<-4b": Case(262144, 1152, 2560, 8192),
-}
-
-
-class Candidate(NamedTuple):
-    """Something to measure: a function of `benchmarks.peers`, and how it is called."""
-
-    name: str
-    function: str
-    workspace_bytes: int | None = None  # ours only
-    frozen_head: bool = False
-
-    def loss(self, labels: Tensor) -> Callable[..., Tensor]:
-        function = getattr(peers, self.function)
-        if self.function != "ours":
-            return function
-        counted = labels != peers.IGNORE
-        kept = counted.nonzero().squeeze(1) if labels.is_cuda and not counted.all() else None
-        return partial(function, workspace_bytes=self.workspace_bytes, kept=kept)
-
-    def leaves(self, tensors: list[Tensor], case: Case) -> list[Tensor]:
-        """The operands, sharing their storage, with gradients where this candidate makes them."""
-        needs = (True, not self.frozen_head, case.divergence == "okd", False, False)
-        return [x.detach().requires_grad_(need) for x, need in zip(tensors, needs, strict=True)]
-
-    def floor_parts(self, case: Case) -> list[str]:
-        parts = ["student logits", "teacher logits", "student dX"]
-        return parts + ["student dW"] * (not self.frozen_head) + ["teacher dX"] * (case.divergence == "okd")
-
-
-def step(loss: Callable[..., Tensor], tensors: list[Tensor], divergence: str) -> list[Tensor | None]:
-    """Forward and backward; the gradients of the first three operands, taken off them so that none stays in memory."""
-    loss(*tensors, divergence).backward()
-    gradients = [x.grad for x in tensors[:3]]
-    for x in tensors:
-        x.grad = None
-    return gradients
-
-
-def seconds(run: Callable[[], Any], device: str) -> float:
-    """Wall-clock time of one call; on a GPU see `queued_seconds`."""
-    if device == "cuda":
-        return queued_seconds([run])[0]
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def queued_seconds(runs: list[Callable[[], Any]]) -> list[float]:
-    """Mean time of each run in the GPU's queue: all of them by turns, once untimed and then `QUEUED` times."""
-    for run in runs:
-        run()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(QUEUED * len(runs) + 1)]
-    marks[0].record()
-    for run, mark in zip(QUEUED * runs, marks[1:], strict=True):
-        run()
-        mark.record()
-    torch.cuda.synchronize()
-    times = [start.elapsed_time(end) / 1e3 for start, end in pairwise(marks)]
-    return [statistics.fmean(times[i :: len(runs)]) for i in range(len(runs))]
-
-
-class Floor:
-    """The GEMMs alone, in the operands' dtype and into preallocated outputs, over counted rows only; in fp32 on a CPU
-    that does not multiply that dtype, where fp32 is the faster.
-
-    `plain`: one `torch.mm` each, over all of N and V. `best`: over the whole of N or in chunks, logits dense or at
-    `row_stride`, on a CPU also by blocks of the head, whichever a calibration found fastest, so that the sum is a lower
-    bound and not one more implementation. The gradients that they read are those of forward KL: a GPU's clocks depend
-    on the data.
-    """
-
-    def __init__(self, tensors: list[Tensor], device: str):
-        counted = tensors[4] != peers.IGNORE
-        if not has_fast_gemm(tensors[0].dtype, device):
-            tensors = [x.float() for x in tensors]
-        self.device, (_, self.w, _, self.u, _) = device, tensors
-        self.x, self.y = tensors[0][counted], tensors[2][counted]
-        n, v = len(self.x), len(self.w)
-        buffers = [tuple(self.x.new_empty(n, stride)[:, :v] for _ in range(2)) for stride in sorted({v, row_stride(v)})]
-        for start in range(0, n, FLOOR_CHUNKS[0]):
-            rows = slice(start, start + FLOOR_CHUNKS[0])
-            q, p = ((x[rows] @ w.t()).float().softmax(-1) for x, w in ((self.x, self.w), (self.y, self.u)))
-            for _, gradients in buffers:
-                gradients[rows] = q - p
-        self.dx, self.dy, self.dw = (torch.empty_like(t) for t in (self.x, self.y, self.w))
-        self.parts = {
-            "student logits": lambda rows, block, out, _: self._logits(self.x[rows], self.w, block, out[rows]),
-            "teacher logits": lambda rows, block, out, _: self._logits(self.y[rows], self.u, block, out[rows]),
-            "student dX": lambda rows, _, __, gradients: torch.mm(gradients[rows], self.w, out=self.dx[rows]),
-            "student dW": self._dw,
-            "teacher dX": lambda rows, _, __, gradients: torch.mm(gradients[rows], self.u, out=self.dy[rows]),
-        }
-        plain = (n, v, *buffers[0])
-        for part in self.parts:
-            for pair in buffers:
-                self._run(part, n, v, *pair)
-        sizes = sorted({min(size, n) for size in (*FLOOR_CHUNKS, n)})
-        self.plain, self.best = dict.fromkeys(self.parts, plain), {}
-        for part in self.parts:
-            blocks = {v, min(HEAD_BLOCK, v)} if device == "cpu" and "logits" in part else {v}
-            ways = [(size, block, *pair) for pair in buffers for size in sizes for block in sorted(blocks)]
-            once = sorted(ways, key=lambda way, p=part: self._time(p, *way))
-            self.best[part] = min(once[:3], key=lambda way, p=part: min(self._time(p, *way) for _ in range(3)))
-
-    @staticmethod
-    def _logits(hidden: Tensor, head: Tensor, block: int, logits: Tensor) -> None:
-        for weight, out in zip(head.split(block), logits.split(block, dim=1), strict=True):
-            torch.mm(hidden, weight.t(), out=out)
-
-    def _dw(self, rows: slice, _: int, __: Tensor, gradients: Tensor) -> None:
-        torch.addmm(self.dw, gradients[rows].t(), self.x[rows], beta=int(rows.start > 0), out=self.dw)
-
-    def _run(self, part: str, chunk: int, block: int, logits: Tensor, gradients: Tensor) -> None:
-        for start in range(0, len(self.x), chunk):
-            self.parts[part](slice(start, min(start + chunk, len(self.x))), block, logits, gradients)
-
-    def _time(self, part: str, *way: Any) -> float:
-        return seconds(partial(self._run, part, *way), self.device)
-
-    def times(self, ways: dict[str, tuple]) -> dict[str, float]:
-        """Of each part; on a GPU all parts are queued one after the other, as they are in a step."""
-        if self.device != "cuda":
-            return {part: self._time(part, *way) for part, way in ways.items()}
-        runs = [partial(self._run, part, *way) for part, way in ways.items()]
-        return dict(zip(ways, queued_seconds(runs), strict=True))
 
 
 def measure_time(case: Case, candidates: list[Candidate], repeats: int) -> tuple[dict, dict, dict]:
     """Seconds of each round: {part of the floor: [...]}, the same of plain GEMMs, {candidate: [...], or why not}."""
     torch.compiler.reset()  # else a second shape is compiled with dynamic sizes
     tensors = case.operands()
-    floor = Floor(tensors, case.device)
+    wanted = {part for c in candidates for part in c.floor_parts(case)}
+    floor = Floor(tensors, case.device, [part for part in PARTS if part in wanted])
     best, plain = ({part: [] for part in floor.parts} for _ in range(2))
     times: dict[str, list[float]] = {c.name: [] for c in candidates}
+    of_ours = [c.name for c in candidates if c.is_ours]
     failures: dict[str, str] = {}
     runs = {c.name: partial(step, c.loss(tensors[4]), c.leaves(tensors, case), case.divergence) for c in candidates}
 
@@ -213,7 +59,7 @@ def measure_time(case: Case, candidates: list[Candidate], repeats: int) -> tuple
         try:
             times[name].append(seconds(runs[name], case.device))
         except Exception as error:  # whatever a peer raises here is a result, not a reason to lose the others
-            if name.startswith("ours"):
+            if name in of_ours:
                 raise
             failures[name] = _reason(error)
 
@@ -250,7 +96,7 @@ def memory_job(case: Case, candidate: Candidate) -> int | str:
         run()
     except Exception as error:
         return _reason(error)
-    release()  # the chunk buffers that ours keeps from call to call are memory of the measured one
+    checkout.release(candidate.library)  # the buffers that ours keeps from call to call are the measured call's memory
     gc.collect()
     if case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -292,11 +138,15 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
 
 
-def measure(case: Case, names: list[str], repeats: int, workspace_mib: int) -> dict[str, Any]:
-    """Everything about one case. Ours is given a tenth of eager's memory too, where eager's could be measured."""
+def measure(case: Case, names: list[str], repeats: int, workspace_mib: int, against: str = "") -> dict[str, Any]:
+    """Everything about one case. Ours is given a tenth of eager's memory too, where eager's could be measured.
+
+    against: directory of the checkout that is "before", if any.
+    """
     workspace = workspace_mib << 20
     candidates = [
         Candidate("ours", "ours", workspace),
+        *([Candidate(BEFORE, "ours", workspace, directory=against)] if against else []),
         Candidate("ours, frozen head", "ours", workspace, frozen_head=True),
         *(Candidate(name, name) for name in names),
     ]
@@ -310,6 +160,7 @@ def measure(case: Case, names: list[str], repeats: int, workspace_mib: int) -> d
     rows = []
     for c in candidates:
         row: dict[str, Any] = {**c._asdict(), "extra_bytes": memory[c.name], "errors": errors.get(c.name, {})}
+        del row["directory"]
         if isinstance(times[c.name], str):
             rows.append({"name": c.name, "skipped": times[c.name]})
             continue
@@ -318,8 +169,15 @@ def measure(case: Case, names: list[str], repeats: int, workspace_mib: int) -> d
             rounds = [sum(x) for x in zip(*(parts[part] for part in c.floor_parts(case)), strict=True)]
             row[f"{name}_s"] = statistics.median(rounds)
             row[f"over_{name}"] = statistics.median(map(truediv, times[c.name], rounds))
+        if against and not c.frozen_head:  # whose gradients "before" has, too
+            row["over_before"] = statistics.median(map(truediv, times[c.name], times[BEFORE]))
         rows.append(row)
     return {"case": asdict(case), "floor_s": floors[0], "plain_s": floors[1], "candidates": rows}
+
+
+def over_before(row: dict[str, Any]) -> str:
+    """The column "x before", blank where there is nothing to compare with."""
+    return f"{row['over_before']:>10.3f}" if "over_before" in row else " " * 10
 
 
 def show(result: dict[str, Any]) -> None:
@@ -332,7 +190,7 @@ def show(result: dict[str, Any]) -> None:
     for name in ("floor", "plain"):
         parts = result[f"{name}_s"]
         print(f"{name}: " + ", ".join(f"{part} {1e3 * statistics.median(x):.1f} ms" for part, x in parts.items()))
-    columns = f"{'median ms':>11}{'min ms':>11}{'x floor':>9}{'x plain':>9}{'extra MiB':>11}"
+    columns = f"{'median ms':>11}{'min ms':>11}{'x floor':>9}{'x plain':>9}{'x before':>10}{'extra MiB':>11}"
     print(f"{'':<20}{columns}   relative gradient error")
     for row in result["candidates"]:
         if "skipped" in row:
@@ -342,7 +200,7 @@ def show(result: dict[str, Any]) -> None:
         mib = f"{extra / 2**20:.0f}" if isinstance(extra, int) else "failed"
         errors = ", ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
         times = f"{1e3 * row['median_s']:>11.1f}{1e3 * row['min_s']:>11.1f}"
-        times += f"{row['over_floor']:>9.2f}{row['over_plain']:>9.2f}"
+        times += f"{row['over_floor']:>9.2f}{row['over_plain']:>9.2f}" + over_before(row)
         print(f"{row['name']:<20}{times}{mib:>11}   {errors}")
         if mib == "failed":
             print(f"{'':<20}  memory: {extra}")
@@ -386,24 +244,28 @@ def cpu_name() -> str:
     return get_cpu_info()["brand_raw"]
 
 
+def commit(directory: Path) -> str:
+    """Of the checkout in a directory; empty without git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=directory).stdout.strip()
+    except OSError:
+        return ""
+
+
 def environment(device: str) -> dict[str, Any]:
     """What a reader needs to compare these numbers with others."""
     versions = {"python": platform.python_version()}
-    for name in ("torch", "triton", "transformers", "liger-kernel", "trl"):
+    for name in ("torch", "triton", "transformers", "liger-kernel", "orda-kernel", "trl"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    except OSError:  # no git
-        commit = ""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": versions,
-        "commit": commit,
+        "commit": commit(Path(__file__).parent),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -415,15 +277,22 @@ def arguments() -> argparse.Namespace:
     add("--preset", choices=PRESETS, help="default: smollm2-cpu, or llama-1b<-8b on a GPU")
     add("--dtype", choices=DTYPES, help="default: fp32, or bf16 on a GPU")
     add("--tokens", type=int, help="N; default: the preset's")
-    add("--divergence", default=",".join(peers.DIVERGENCES), help="comma list; default: %(default)s")
+    kinds = ", ".join(KINDS)
+    add("--divergence", default="forward_kl,jsd,reverse_kl,okd", help=f"comma list of {kinds}; default: %(default)s")
     add("--peers", default="all", help=f"all, none, or a comma list of {', '.join(peers.PEERS)}")
     add("--masked", type=int, default=0, metavar="PERCENT", help="rows whose label is ignored")
     add("--repeats", type=int, default=7, help="measured rounds; one more is discarded")
     add("--workspace-mib", type=int, default=256, help="of ours")
+    add("--against", type=Path, metavar="DIRECTORY", help='another checkout, whose okd_kernels is "before"')
     add("--sweep", choices=("tokens", "vocab"), help=f"N in {SWEEPS['tokens']} or V in {SWEEPS['vocab']}; plots it")
     add("--output", type=Path, help="default: benchmarks/results/DATE-PRESET.json")
     add("--memory-job", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if SHARDED in args.divergence.split(",") and (args.device != "cpu" or args.sweep):
+        parser.error(f"expected {SHARDED} on a CPU and without a sweep; got {args.device}, {args.sweep}")
+    if unknown := set(args.divergence.split(",")) - set(KINDS):
+        parser.error(f"expected divergences out of {kinds}; got {', '.join(sorted(unknown))}")
+    return args
 
 
 def main() -> None:
@@ -443,19 +312,26 @@ def main() -> None:
     )
     names = {"all": list(peers.PEERS), "none": []}.get(args.peers, args.peers.split(","))
     about = environment(args.device)
+    if args.against:
+        about["commit_before"] = commit(args.against)
+    against = str(args.against.resolve()) if args.against else ""
     print(f"{about['device']}, {about['threads']} threads, commit {about['commit']}, {about['versions']}")
     label = "-".join(filter(None, (preset.replace("<-", "-from-"), base.dtype, args.sweep)))
     default = Path(__file__).parent / "results" / f"{about['date'][:19].replace(':', '')}-{args.device}-{label}.json"
     path = args.output or default
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}
+    options = {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items() if name != "against"}
     results = []
     for divergence in args.divergence.split(","):
-        chosen = [name for name in names if divergence != "okd" or name not in peers.FROZEN_TEACHER]
+        chosen = [name for name in names if name in peers.names(divergence)]
         for value in SWEEPS[args.sweep] if args.sweep else (None,):
             case = replace(base, divergence=divergence, **({args.sweep: value} if args.sweep else {}))
-            results.append(measure(case, chosen, args.repeats, args.workspace_mib))
-            show(results[-1])
+            if divergence == SHARDED:
+                results.append(sharded.measure(case, args.repeats, args.workspace_mib, against))
+                sharded.show(results[-1])
+            else:
+                results.append(measure(case, chosen, args.repeats, args.workspace_mib, against))
+                show(results[-1])
             whole = {**about, "arguments": options, "preset": preset, "results": results}
             path.write_text(json.dumps(whole, indent=1) + "\n")  # each time: a run that is cut off has what it has
     print(f"\n{path}")

@@ -12,13 +12,9 @@ from benchmarks import peers
 from benchmarks.loss import PRESETS, Candidate, step
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-CASES = [
-    (name, divergence)
-    for divergence in peers.DIVERGENCES
-    for name in ("ours", *peers.PEERS)
-    if divergence != "okd" or name not in peers.FROZEN_TEACHER
-]
-PACKAGES = {"liger_chunked": "liger_kernel", "liger_fused": "liger_kernel", "trl_chunked": "trl"}
+CASES = [(name, divergence) for divergence in peers.DIVERGENCES for name in ("ours", *peers.names(divergence))]
+ON_GPUS = {"liger_fused": "triton", "liger_cute": "cutlass.cute", "liger_cutile": "cuda.tile"}
+PACKAGES = {"liger_chunked": "liger_kernel", "trl_chunked": "trl", "orda": "orda_kernel"}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -26,8 +22,11 @@ PACKAGES = {"liger_chunked": "liger_kernel", "liger_fused": "liger_kernel", "trl
 def test_speed(benchmark, name, divergence, device):
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name])
-    if name == "liger_fused" and device == "cpu":
-        pytest.skip("Liger's Triton kernels need a GPU")
+    if name in ON_GPUS:
+        pytest.importorskip("liger_kernel")
+        pytest.importorskip(ON_GPUS[name])
+        if device == "cpu":
+            pytest.skip("these kernels need a GPU")
     case = replace(PRESETS["tiny"], device=device, divergence=divergence)
     candidate = Candidate(name, name)
     operands = case.operands()

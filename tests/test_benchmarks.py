@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import nn
 
-from benchmarks import loss, methods, step
+from benchmarks import floor, methods, step
 from okd import OKDConfig
 from okd.data import Collator, encode
 from okd.evaluate import evaluate
@@ -93,8 +93,8 @@ def test_a_queue_gives_each_run_its_own_time_and_leaves_out_the_first(now, monke
         now.seconds += seconds if name in calls else 1000
         calls.append(name)
 
-    assert loss.queued_seconds([lambda: run("a", 2), lambda: run("b", 5)]) == [2, 5]
-    assert calls == ["a", "b"] * (1 + loss.QUEUED)
+    assert floor.queued_seconds([lambda: run("a", 2), lambda: run("b", 5)]) == [2, 5]
+    assert calls == ["a", "b"] * (1 + floor.QUEUED)
 
 
 # --- steps ---
