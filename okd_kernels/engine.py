@@ -45,7 +45,8 @@ def run_chunks(
     """Statistics (2, N, 5) and values (N, 9) of N >= 1 tokens (`rows.finish` makes losses of them), of whole rows; and
     the gradients of `student` and `target`, of this rank's part. No host synchronisation."""
     n, v, group = len(weights), vocabulary.size, vocabulary.group
-    chunk = chunk_rows(n, 2 * v * weights.element_size(), workspace_bytes, weights.device)
+    widest = max(v, vocabulary.widest)  # all ranks take the same chunks
+    chunk = chunk_rows(n, 2 * widest * weights.element_size(), workspace_bytes, weights.device)
     passes = row_passes(backend, weights, chunk, vocabulary, temperature)
     given = [isinstance(side, Side) and side.weight is None for side in (student, target)]
     chunk = n if all(given) else chunk

@@ -79,9 +79,9 @@ class LinearHead:
             return head
         if isinstance(head, Tensor):
             return cls(head)
-        if type(head) is nn.Linear:
+        if _is_linear(head):
             return cls(head.weight, head.bias)
-        if type(getattr(head, "base_layer", None)) is nn.Linear and hasattr(head, "lora_A"):
+        if _is_linear(getattr(head, "base_layer", None)) and hasattr(head, "lora_A"):
             return cls(head.base_layer.weight, head.base_layer.bias, lora=_active_lora(head))
         raise TypeError(
             f"expected a head as a weight (V, D), nn.Linear or LinearHead; got {type(head).__name__}, which may do "
@@ -176,6 +176,12 @@ class LinearHead:
     def _scaled(self, x: Tensor) -> Tensor:
         x = x * self.logit_scale
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
+
+
+def _is_linear(layer: Any) -> bool:
+    """Whether it is an `nn.Linear` and no more. FSDP2 makes a class of its own for each module that it shards."""
+    kind = type(layer)
+    return kind is nn.Linear or (kind.__name__ == "FSDPLinear" and kind.__bases__[-1] is nn.Linear)
 
 
 def _gathered(x: Tensor) -> Tensor:

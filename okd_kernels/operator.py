@@ -64,7 +64,7 @@ def vocabulary_of(operands: Operands, spec: Spec) -> Vocabulary:
     options = {
         name: str(x) if isinstance(x, torch.dtype) else x for name, x in spec._asdict().items() if name != "group"
     }
-    facts = {"number of counted tokens": counted, **options}
+    facts = {"number of tokens": len(operands.row_weights), "number of counted tokens": counted, **options}
     device = operands.student_hidden.device
     return shared_vocabulary(spec.group, [student, teacher], spec.vocab_size, device, facts)
 
@@ -145,7 +145,7 @@ def _distil(*arguments: Any) -> Outputs:
     totals = (losses * weights).sum(0) * operands.inverse_normalizer
     found = {name: gradient for model in models for name, gradient in model.gradients().items()}
     # Outputs of an operator must not alias.
-    (student_total, teacher_total), (student, teacher) = ((x[..., i].clone() for i in (0, 1)) for x in (totals, losses))
+    student_total, teacher_total, student, teacher = (x[..., i].clone() for x in (totals, losses) for i in (0, 1))
     return Outputs(student_total, teacher_total, student, teacher, metrics, [found[name] for name in wanted(spec)])
 
 

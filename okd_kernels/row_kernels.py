@@ -21,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from okd_kernels.divergences import DIVERGENCES, exp
-from okd_kernels.rows import FLOOR, LOG_0, STATISTICS, VALUES, LogitRows, Rows, needs_slope_sum
+from okd_kernels.rows import FLOOR, STATISTICS, VALUES, LogitRows, Rows, needs_slope_sum
 
-_FLOOR, _LOG_0 = tl.constexpr(FLOOR), tl.constexpr(LOG_0)
+_FLOOR, _LOST = tl.constexpr(FLOOR), tl.constexpr(1e4)
+_LOG_TINY = tl.constexpr(-103.0)  # fp32 has no probabilities below e^-103
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _N_STATISTICS, _N_VALUES = tl.constexpr(len(STATISTICS)), tl.constexpr(len(VALUES))
 PER_TOKEN = ["labels_ptr", "weights_ptr", "statistics_ptr", "slopes_ptr", "values_ptr"]  # they move with the chunk
@@ -34,13 +35,13 @@ SCALE_PROGRAMS = 1024  # at most: where there is nothing to do, each costs its s
 class Launch(NamedTuple):
     """How a row is worked on. Fixed rather than tuned at run time: a trial would overwrite the logits, and synchronise.
 
-    Given 96 registers a thread, ptxas spills in no case and two to four rows share a multiprocessor; left to itself it
+    Given 104 registers a thread, ptxas spills in no case and two to four rows share a multiprocessor; left to itself it
     squeezes some cases further and spills a little. `benchmarks.tune` times `LAUNCHES` on a GPU.
     """
 
     block: int = 2048  # columns at a time
     warps: int = 8
-    registers: int = 96  # that a thread may take; CUDA only
+    registers: int = 104  # that a thread may take; CUDA only
 
     def options(self, is_cuda: bool) -> dict[str, int]:
         return {"num_warps": self.warps, **({"maxnreg": self.registers} if is_cuda else {})}
@@ -78,6 +79,12 @@ def _fold(x):
 
 
 @triton.jit
+def _highest(running, x):
+    """Running maxima, folded likewise."""
+    return tl.maximum(running, tl.max(tl.reshape(x, [x.shape[0] // 4, 4]), axis=1))
+
+
+@triton.jit
 def _grow(
     x, difference, rise, other_rise, total, total_at_1, cross, rate,
     HAS_TEMPERATURE: tl.constexpr, HAS_CROSS: tl.constexpr,
@@ -103,7 +110,7 @@ def _store_statistics(pointer, top, total, total_at_1, cross, label, HAS_TEMPERA
     tl.store(pointer + 4, label)
 
 
-@triton.jit(do_not_specialize_on_alignment=PER_TOKEN)
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=PER_TOKEN)
 def _statistics_kernel(
     z_ptr, u_ptr,  # (n, V) logits of student and teacher; any float dtype
     z_bias_ptr, u_bias_ptr,  # (V,)
@@ -172,7 +179,7 @@ def _log_distribution(x, top, log_sum, inverse_temperature):
     return x, x * inverse_temperature - log_sum
 
 
-@triton.jit(do_not_specialize_on_alignment=PER_TOKEN)
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=PER_TOKEN)
 def _slopes_kernel(
     z_ptr, u_ptr, z_bias_ptr, u_bias_ptr, labels_ptr,  # as above
     statistics_ptr,  # (2, n, STATISTICS), of whole rows
@@ -180,7 +187,8 @@ def _slopes_kernel(
     z_stride, u_stride, z_loadable, u_loadable, n, v,
     temperature, z_scale, z_softcap, u_scale, u_softcap,
     s_alpha, s_beta, t_alpha, t_beta,
-    S_RULE: tl.constexpr, T_RULE: tl.constexpr,  # None: this side needs no slope sum
+    S_RULE: tl.constexpr, T_RULE: tl.constexpr,
+    S_SLOPE_SUM: tl.constexpr, T_SLOPE_SUM: tl.constexpr,  # "unknown": this side needs it
     HAS_LABELS: tl.constexpr,
     Z_BIAS: tl.constexpr, U_BIAS: tl.constexpr, Z_SOFTCAP: tl.constexpr, U_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -207,10 +215,10 @@ def _slopes_kernel(
             _, log_p = _log_distribution(u, u_top, u_log, inverse_temperature)
             q = exp(log_q)
             p = exp(log_p)
-            if S_RULE is not None:
+            if S_SLOPE_SUM == "unknown":
                 _, g = S_RULE(log_q, log_p, q, p, s_alpha, s_beta)
                 s_sums += _fold(g)
-            if T_RULE is not None:
+            if T_SLOPE_SUM == "unknown":
                 _, g = T_RULE(log_p, log_q, p, q, t_alpha, t_beta)
                 t_sums += _fold(g)
         tl.store(slopes_ptr + row * 2, tl.sum(s_sums, axis=0))
@@ -255,7 +263,7 @@ def _clear(pointer, v, storable, BLOCK: tl.constexpr):
         tl.store(pointer + offsets, tl.zeros([BLOCK], dtype=pointer.dtype.element_ty), mask=offsets < storable)
 
 
-@triton.jit(do_not_specialize_on_alignment=PER_TOKEN)
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=PER_TOKEN)
 def _emit_kernel(
     z_ptr, u_ptr,
     dz_ptr, du_ptr,  # (n, V) gradients; may lie over the logits
@@ -304,6 +312,9 @@ def _emit_kernel(
         column = label - first
         zeros = tl.zeros([BLOCK // 4], dtype=tl.float32)
         s_value, t_value, forward, reverse, s_entropy, t_entropy = zeros, zeros, zeros, zeros, zeros, zeros
+        # Mass that meets log 0: the other side's FLOOR / T counts _LOST, and no p > 0 takes as much off again. The
+        # highest such sum costs two operations and no predicate, which would take more registers than there are.
+        per_log_0 = temperature * (_LOST / _FLOOR)
         forward_lost, reverse_lost = zeros, zeros
         common = tl.full([BLOCK // 4], 2 * _FLOOR, dtype=tl.float32)  # 0 where both rows have their top in one place
         for start in range(0, v, BLOCK):
@@ -317,11 +328,11 @@ def _emit_kernel(
             difference = log_p - log_q
             forward += _fold(p * difference - p + q)
             reverse += _fold(p - q - q * difference)
-            forward_lost += _fold(tl.where(difference > _LOG_0, p, 0.0))
-            reverse_lost += _fold(tl.where(difference < -_LOG_0, q, 0.0))
+            forward_lost = _highest(forward_lost, log_p + log_q * per_log_0)
+            reverse_lost = _highest(reverse_lost, log_q + log_p * per_log_0)
             s_entropy -= _fold(q * log_q)
             t_entropy -= _fold(p * log_p)
-            common = tl.maximum(common, tl.max(tl.reshape(z + u, [BLOCK // 4, 4]), axis=1))
+            common = _highest(common, z + u)
             is_label = tl.where(offsets == column, 1.0, 0.0)
             if DZ or DU:
                 # A 16-bit gradient lies in the first half of its fp32 row: every warp must have read its logits
@@ -346,11 +357,11 @@ def _emit_kernel(
         tl.store(values_ptr + 4, tl.sum(s_entropy, axis=0))
         tl.store(values_ptr + 5, tl.sum(t_entropy, axis=0))
         tl.store(values_ptr + 6, tl.where(tl.max(common, axis=0) == 0, 1.0, 0.0))
-        tl.store(values_ptr + 7, tl.sum(forward_lost, axis=0))
-        tl.store(values_ptr + 8, tl.sum(reverse_lost, axis=0))
+        tl.store(values_ptr + 7, tl.where(tl.max(forward_lost, axis=0) > _LOST + _LOG_TINY, 1.0, 0.0))
+        tl.store(values_ptr + 8, tl.where(tl.max(reverse_lost, axis=0) > _LOST + _LOG_TINY, 1.0, 0.0))
 
 
-def arguments(rows: Rows, vocab_size: int, temperature: float, first: int) -> dict[str, Any]:
+def arguments(rows: Rows, vocab_size: int, temperature: float, first: int, launch: Launch = LAUNCH) -> dict[str, Any]:
     """Every argument of the three kernels that rows and options give, by name; compile-time ones in capitals."""
     found: dict[str, Any] = {
         "labels_ptr": rows.weights if rows.labels is None else rows.labels,
@@ -358,7 +369,7 @@ def arguments(rows: Rows, vocab_size: int, temperature: float, first: int) -> di
         **{"n": len(rows.weights), "v": vocab_size, "first": first, "temperature": temperature},
         "HAS_LABELS": rows.labels is not None,
         "HAS_TEMPERATURE": temperature != 1.0,
-        "BLOCK": LAUNCH.block,
+        "BLOCK": launch.block,
     }
     for x, s, side in (("z", "s", rows.student), ("u", "t", rows.teacher)):
         gradient, objective = side.logits if side.gradient is None else side.gradient, side.objective
@@ -391,8 +402,8 @@ def _slope_kind(side: LogitRows) -> str:
 class TritonRows:
     """`RowPasses` on GPUs, in fp32. No host synchronisation."""
 
-    def __init__(self, vocab_size: int, temperature: float, first: int = 0):
-        self.v, self.temperature, self.first = vocab_size, temperature, first
+    def __init__(self, vocab_size: int, temperature: float, first: int = 0, launch: Launch = LAUNCH):
+        self.v, self.temperature, self.first, self.launch = vocab_size, temperature, first, launch
 
     def run(self, rows: Rows, fill: Callable[[slice], None]) -> tuple[Tensor, Tensor]:
         fill(slice(0, len(rows.weights)))
@@ -417,10 +428,8 @@ class TritonRows:
         return out
 
     def _launch(self, kernel: Any, rows: Rows, **tensors: Tensor) -> None:
-        given = {**arguments(rows, self.v, self.temperature, self.first), **tensors}
-        if kernel is _slopes_kernel:
-            given |= {f"{s}_RULE": None for s in "ST" if given[f"{s}_SLOPE_SUM"] != "unknown"}
-        options = LAUNCH.options(torch.version.cuda is not None)
+        given = {**arguments(rows, self.v, self.temperature, self.first, self.launch), **tensors}
+        options = self.launch.options(torch.version.cuda is not None)
         with torch.cuda.device_of(rows.student.logits):
             kernel[(len(rows.weights),)](**{name: given[name] for name in kernel.arg_names}, **options)
 

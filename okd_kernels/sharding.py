@@ -23,6 +23,7 @@ class Vocabulary(NamedTuple):
     whole: int  # of all ranks
     first: int = 0  # id of this rank's first
     group: dist.ProcessGroup | None = None  # the ranks that share it; None: this one has all of it
+    widest: int = 0  # columns of the rank that has most
 
     def gathered(self, x: Tensor) -> Tensor:
         """(ranks, *x.shape), the same on all of them."""
@@ -73,4 +74,4 @@ def shared_vocabulary(
                 f"expected vocab_size in [{firsts[-1] + 1}, {whole}], so that each rank has a column; got {vocab_size}"
             )
         whole = vocab_size
-    return Vocabulary(sizes[rank], whole, sum(sizes[:rank]), group)
+    return Vocabulary(sizes[rank], whole, sum(sizes[:rank]), group, max(sizes))

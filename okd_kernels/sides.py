@@ -195,7 +195,7 @@ class Model:
         if len(names) == 1:
             return {names[0]: total}
         return {
-            name: x.contiguous()
+            name: x.clone(memory_format=torch.contiguous_format)  # of one row, `contiguous` would be a view
             for name, x in zip(names, (total[:, : self.width], total[:, self.width :]), strict=True)
         }
 

@@ -1,4 +1,4 @@
-"""The row kernel compiled ahead of time for every target, without a GPU, and read off the binary."""
+"""The row kernels compiled ahead of time for every target, without a GPU, and read off the binaries."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from okd_kernels import DIVERGENCES
 
@@ -31,30 +32,46 @@ def rows(tmp_path_factory):
     return compiling(tmp_path_factory.mktemp("triton"), "-m", "benchmarks.compile_report", "--json")["rows"]
 
 
+def kernels(rows):
+    return [(row["case"], row["target"], kernel) for row in rows for kernel in row["kernels"]]
+
+
 def test_every_case_compiles_for_every_target(rows):
-    cases = {SOFTCAP, "okd", "okd, fp32 gradients", "okd, odd vocabulary", "taid", *DIVERGENCES}
+    odd = {f"okd, vocabulary {v}" for v in (50257, 151665)}
+    cases = {SOFTCAP, "okd", "okd, fp32 gradients", *odd, *DIVERGENCES}
     assert {(row["case"], row["target"]) for row in rows} == {(c, t) for c in cases for t in TARGETS}
+    assert len(rows) == len(cases) * len(TARGETS)
+
+
+def test_slopes_are_summed_only_where_no_statistic_gives_them(rows):
+    for row in rows:
+        names = ["statistics", "emit"] if two_passes(row) else ["statistics", "slopes", "emit"]
+        assert [one["kernel"] for one in row["kernels"]] == names
+        assert [one["kernel"] for one in row["passes"]] == names, "one loop that loads in each kernel"
 
 
 def test_no_register_spills(rows):
-    assert not [(r["case"], r["target"]) for r in rows if r["spilled_bytes"] or r["spill_instructions"]]
+    assert not [(c, t, k["kernel"]) for c, t, k in kernels(rows) if k["spilled_bytes"] or k["spill_instructions"]]
 
 
 def test_two_rows_share_a_multiprocessor(rows):
-    assert max(row["registers"] for row in rows) <= 128
+    assert max(kernel["registers"] for *_, kernel in kernels(rows)) <= 128
 
 
 def two_passes(row):
-    return row["case"].startswith("okd") or row["case"] in ("taid", "forward_kl", "reverse_kl")
+    return row["case"].startswith("okd") or row["case"] in ("forward_kl", "reverse_kl")
 
 
 def test_logits_move_in_sixteen_bytes(rows):
-    """A pass reads two rows; of a block of 2048, a thread of 8 warps has two times 16 bytes (gfx942: once)."""
-    for row in rows:
-        per_pass = (2 if row["target"] == "gfx942" else 4) * (2 if row["case"] == SOFTCAP else 1)  # the biases
-        assert row["loads"].get("16") == (2 if two_passes(row) else 3) * per_pass, row
-        if row["target"] != "gfx942":
-            assert sum(n for width, n in row["loads"].items() if width != "16") <= 7, row  # labels, scales: scalars
+    """A pass reads two rows; of a block of 2048, a thread of 8 warps has two times 16 bytes (gfx942: once). What else
+    a program loads are scalars: the label and its logits; the label, statistics, factors and slope sums."""
+    scalars = {"statistics": 5, "slopes": 5, "emit": 15}
+    for case, target, kernel in kernels(rows):
+        wide = (2 if target == "gfx942" else 4) * (2 if case == SOFTCAP else 1)  # the biases
+        assert kernel["loads"].get("16") == wide, (case, target, kernel)
+        if target != "gfx942":
+            others = sum(n for width, n in kernel["loads"].items() if width != "16")
+            assert others <= scalars[kernel["kernel"]], (case, target, kernel)
 
 
 def test_a_row_is_read_twice_where_the_slope_sum_is_known(rows):
@@ -67,8 +84,8 @@ def test_a_row_is_read_twice_where_the_slope_sum_is_known(rows):
 
 def test_special_functions_are_those_of_the_mathematics(rows):
     """One exponential a logit and pass. Of a pair of logits, mixtures have a logarithm (NVIDIA's is a polynomial) and
-    a division, alpha_beta's slope 3 powers and its term 3 more, a softcap an exponential and a division a logit. Pass 1
-    further rescales the two rows' totals once a block."""
+    a division, alpha_beta's slope 3 powers and its term 3 more, a softcap an exponential and a division a logit. The
+    statistics' pass further rescales the two rows' totals once a block."""
     log = {"gfx942": 0.5}
     for row in rows:
         threads = 512 if row["target"] == "gfx942" else 256
@@ -86,10 +103,10 @@ def test_special_functions_are_those_of_the_mathematics(rows):
         assert [one["special"] for one in row["passes"]] == [first + rescale, *later], row
 
 
-def test_memory_bounds_the_kernel_on_a_hopper(rows):
+def test_memory_bounds_the_kernels_on_a_hopper(rows):
     """Instructions and special functions of every case fit under the time that an H100 takes to read the logits."""
     checked = [row["bounds"]["H100 SXM"] for row in rows if "H100 SXM" in row["bounds"]]
-    assert len(checked) == 5 + len(DIVERGENCES)
+    assert len(checked) == len(rows) / len(TARGETS)
     for bound in checked:
         assert max(bound["issue_ms"], bound["special_ms"]) < bound["memory_ms"] < bound["gemm_peak_ms"]
 
@@ -156,13 +173,43 @@ def test_no_launch_that_tuning_may_choose_spills(tmp_path):
     code = """
 import json
 from benchmarks.binaries import read
-from benchmarks.compile_report import OKD, TARGETS, compile_row_kernel
-from okd_kernels.row_kernel import LAUNCHES
-kernels = [compile_row_kernel(TARGETS["sm_90"], OKD, launch=launch) for launch in LAUNCHES]
+from benchmarks.compile_report import OKD, TARGETS, compile_kernels
+from okd_kernels.row_kernels import LAUNCHES
+kernels = [kernel for x in LAUNCHES for kernel in compile_kernels(TARGETS["sm_90"], OKD, launch=x).values()]
 print(json.dumps([read(kernel)["spilled_bytes"] for kernel in kernels]))
 """
     spilled = compiling(tmp_path, "-c", code)
-    assert len(spilled) > 3 and not any(spilled)
+    assert len(spilled) > 6 and not any(spilled)
+
+
+def test_one_binary_serves_chunks_of_every_length(tmp_path):
+    """Triton compiles anew for an argument that is 1, and for one that 16 divides: a chunk's rows, and where its tokens
+    start in memory, must not do that in training."""
+    code = """
+import json, torch
+from triton.runtime import driver
+from benchmarks.compile_report import KERNELS, TARGETS
+from okd_kernels import Objective
+from okd_kernels.row_kernels import LAUNCH, arguments
+from okd_kernels.rows import LogitRows, Rows
+
+class Sm90:
+    get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+    get_current_target = staticmethod(lambda: TARGETS["sm_90"])
+
+driver.set_active(Sm90())
+z, u, weights = torch.zeros(33, 256), torch.zeros(33, 256), torch.zeros(33, 4)
+labels = torch.zeros(33, dtype=torch.int64)
+for n, start in ((1, 0), (2, 1), (16, 0), (17, 3)):
+    student = LogitRows(z[:n], Objective("jsd"), z[:n])
+    rows = Rows(student, LogitRows(u[:n]), labels[start : start + n], weights[start : start + n])
+    results = {f"{name}_ptr": torch.zeros(n * 90)[start:] for name in ("statistics", "slopes", "values")}
+    given = {**arguments(rows, 250, 1.0, 0), **results}
+    for kernel in KERNELS.values():
+        kernel.warmup(**{name: given[name] for name in kernel.arg_names}, grid=(n,), **LAUNCH.options(True))
+print(json.dumps({name: len(kernel.device_caches[0][0]) for name, kernel in KERNELS.items()}))
+"""
+    assert compiling(tmp_path, "-c", code) == {"statistics": 1, "slopes": 1, "emit": 1}
 
 
 def test_an_unrolled_loop_is_not_reported():
@@ -172,3 +219,28 @@ def test_an_unrolled_loop_is_not_reported():
     assert per_logit([once], 256, False, 1.0)[0]["instructions"] == 300 / 16
     with pytest.raises(ValueError, match="count the loop's blocks"):
         per_logit([{**once, "loaded_bytes": 128}], 256, False, 1.0)
+
+
+def test_tuning_times_the_passes_that_the_loss_makes(rows):
+    """The same numbers, and the bytes that the binaries move."""
+    from benchmarks.tune import OBJECTIVES, moved_bytes, passes_of
+    from okd_kernels.row_kernels import LAUNCHES
+    from okd_kernels.rows import LogitRows, Rows
+    from okd_kernels.torch_rows import TorchRows
+
+    n, v = 3, 2100
+    z, u = torch.randn(2, n, v)
+    for name, objectives in OBJECTIVES.items():
+        sides = [
+            LogitRows(x.clone(), objective, None if objective is None else torch.empty(n, v, dtype=torch.bfloat16))
+            for x, objective in zip((z, u), objectives, strict=True)
+        ]
+        of = Rows(*sides, torch.randint(0, v, (n,)), torch.ones(n, 4))
+        (row,) = (row for row in rows if (row["case"], row["target"]) == (name, "sm_90"))
+        moved = moved_bytes(of, v)
+        assert moved["all"] == sum(moved[one["kernel"]] for one in row["kernels"]) == row["bytes"] * 2 * n * v
+        _, expected = TorchRows(of.weights, n, v, 1.0).run(of, lambda _: None)
+        runs = passes_of(of, v, LAUNCHES[3])
+        assert list(runs) == [*(one["kernel"] for one in row["kernels"]), "all"]
+        for found in (runs["emit"](), runs["all"]()[1]):
+            torch.testing.assert_close(found[:, 2:6], expected[:, 2:6].float(), rtol=1e-5, atol=1e-6)
