@@ -137,8 +137,10 @@ def _distil(*arguments: Any) -> Outputs:
             options = (spec.objectives, spec.temperature, vocabulary.whole, mass)
             losses, metrics[:, : len(METRICS)] = finish(statistics, values.to(dtype), row_labels, *options)
             if sparse is not None:
-                ignored = torch.zeros((), dtype=torch.bool) if row_labels is None else (row_labels < 0).unsqueeze(1)
-                metrics[:, len(METRICS) :] = sparse.masses(statistics).masked_fill(ignored.to(losses.device), 0)
+                masses = sparse.masses(statistics)
+                if row_labels is not None:
+                    masses = masses.masked_fill((row_labels < 0).unsqueeze(1), 0)
+                metrics[:, len(METRICS) :] = masses
     if kept is not None:
         losses, metrics = (x.new_zeros(n, x.shape[1]).index_copy_(0, kept, x) for x in (losses, metrics))
     weights = operands.row_weights if labels is None else operands.row_weights.masked_fill((labels < 0).unsqueeze(1), 0)

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from okd_kernels.chunks import Model, project, row_stride
 from torch import nn
 
 from okd_kernels import (
@@ -26,7 +27,6 @@ from okd_kernels import (
     scale_kernel,
     torch_rows,
 )
-from okd_kernels.chunks import Model, project, row_stride
 
 BACKENDS = ("torch", "triton")
 DEVICE = os.environ.get("OKD_TEST_DEVICE", "cpu")

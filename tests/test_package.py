@@ -3,10 +3,17 @@
 import ast
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import okd
 import okd_kernels
+from okd_kernels import operator, problem
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,9 +50,15 @@ def test_training_without_its_packages_says_what_to_install():
 def test_imports_point_one_way():
     found = set(imports("okd_kernels"))
     assert not {(f, m) for f, m in found if m == "okd" or m.startswith("okd.")}
-    kernels = {"row_kernel.py", "torch_rows.py"}
-    assert not {(f, m) for f, m in found if f in kernels and "reference" in m}
-    assert not {(f, m) for f, m in found if f == "reference.py" and ("row_kernel" in m or "torch_rows" in m)}
+    kernels = {"row_kernels", "torch_rows"}
+    assert {f"{name}.py" for name in kernels} < {f for f, _ in found}
+    assert not {(f, m) for f, m in found if f.removesuffix(".py") in kernels and "reference" in m}
+    assert not {(f, m) for f, m in found if f == "reference.py" and kernels & set(m.split("."))}
+    # Data goes from the call to the rows; what stands further down knows nothing of what stands above.
+    order = ["losses", "problem", "operator", "engine", "sides", "call", "heads"]
+    for i, lower in enumerate(order):
+        above = {f"okd_kernels.{name}" for name in order[:i]}
+        assert not {m for f, m in found if f == f"{lower}.py"} & above, lower
 
 
 def test_the_training_layer_uses_public_names_only():
@@ -63,17 +76,73 @@ def test_public_names_exist_and_are_documented():
 
 
 def test_what_would_synchronise_the_host_stands_where_only_a_cpu_comes():
-    """`.item()` and its kind, and constructors that copy host data to a device: all behind a CPU check."""
-    waits = {"item", "tolist", "nonzero", "new_tensor", "as_tensor", "tensor", "cpu", "synchronize"}
-    found = {}
+    """`.item()` and its kind, numbers made of tensors, and constructors that copy host data to a device."""
+    waits = {"item", "tolist", "nonzero", "new_tensor", "as_tensor", "tensor", "frombuffer", "cpu", "synchronize"}
+    found = set()
     for path in sorted((ROOT / "okd_kernels").glob("*.py")):
-        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
-        names = {f.attr for f in calls if isinstance(f, ast.Attribute)} & waits
-        if names:
-            found[path.name] = names
-    assert found.pop("vocab_parallel.py"), "documented: it exchanges row counts once a call"
+        functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+        for function in functions:
+            calls = [n.func for n in ast.walk(function) if isinstance(n, ast.Call)]
+            names = {f.attr for f in calls if isinstance(f, ast.Attribute)} & waits
+            names |= {f.id for f in calls if isinstance(f, ast.Name)} & {"bool", "int"}
+            found |= {(path.stem, function.name, name) for name in names}
     assert found == {
-        "ops.py": {"nonzero"},  # counted_rows
-        "sparse.py": {"item"},  # error messages
-        "tokens.py": {"item"},
+        ("call", "check_labels", "item"),  # error messages, where the CPU holds what is read
+        ("call", "check_sparse_targets", "item"),
+        ("problem", "inverse_normalizer", "item"),  # of a CPU's tensor
+        ("cpu", "empty_like", "frombuffer"),
+        ("targets", "_all_closed", "bool"),  # on a CPU
+        ("torch_rows", "fill", "bool"),  # on a CPU: `careful` elsewhere
+        ("operator", "counted_rows", "nonzero"),  # documented: `compact`
+        ("operator", "vocabulary_of", "int"),  # documented: with a group, ranks compare once a call what they do
+        ("sharding", "shared_vocabulary", "tolist"),
+        ("sharding", "shared_vocabulary", "frombuffer"),
     }
+
+
+class Transfers(TorchDispatchMode):
+    """Operations between devices, and those that need numbers on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
+        copies = "copy" in str(function)  # else a CPU's scalar is an argument of the kernel
+        devices = {x.device.type for x in tensors if x.dim() > 0 or copies}
+        if len(devices) > 1 or any(name in str(function) for name in ("_local_scalar", "nonzero", "is_nonzero")):
+            self.found.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"labels": None}, {"temperature": 2.0, "target_mix": 0.5}, {"reduction": "none"}]
+)
+@pytest.mark.parametrize("tail", ["", "bucket", "renormalize"])
+def test_no_loss_waits_for_its_device(tail, options, monkeypatch):
+    """The device "meta", which has no numbers, stands for one: every copy from or to it shows, and so does a read."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # not known for it
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+
+    def distil(*arguments):  # all gradients; not through the dispatcher, which would run no code for this device
+        operands, spec = operator.arguments_of(arguments)
+        learners = ("student", "teacher") if spec.teacher else ("student",)
+        wanted = [name for name, x in operands._asdict().items() if x is not None and name.startswith(learners)]
+        return operator._distil(*operands, *spec._replace(wanted=",".join(wanted)))
+
+    monkeypatch.setattr(problem, "distil", distil)
+    shapes = (6, 8), (37, 8), (6, 12), (37, 12)
+    x, w, y, u = (torch.empty(shape, device="meta") for shape in shapes)
+    labels, ids = (torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((6,), (6, 4)))
+    options = {"labels": labels, "normalizer": None, "compact": False, "workspace_bytes": 1024, **options}
+    if options.get("reduction") is None:
+        options["normalizer"] = torch.empty((), device="meta")
+    with torch.no_grad(), Transfers() as transfers:
+        if tail:
+            found = okd_kernels.linear_sparse_distillation_loss(x, w, ids, y[:, :4], tail=tail, **options)
+        else:
+            teacher = None if options.get("target_mix") else "reverse_kl"
+            found = okd_kernels.linear_distillation_loss(x, w, y, u, student="jsd", teacher=teacher, **options)
+    assert found.student.device.type == "meta" and transfers.found == []

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from okd_kernels.chunks import Model, run_chunks
 
 from okd_kernels import DIVERGENCES, Objective, distillation_loss, linear_distillation_loss
-from okd_kernels.chunks import Model, run_chunks
 from okd_kernels.rows import STATISTICS
 
 N, V = 4, 61
