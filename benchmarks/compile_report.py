@@ -36,7 +36,8 @@ from benchmarks.binaries import read
 from benchmarks.machines import MACHINES, Shape, bounds
 from okd_kernels import DIVERGENCES, Objective
 from okd_kernels.gemms import row_stride
-from okd_kernels.row_kernels import LAUNCH, Launch, _emit_kernel, _slopes_kernel, _statistics_kernel, arguments
+from okd_kernels.row_kernels import LAUNCH, Launch, arguments
+from okd_kernels.row_programs import _emit_kernel, _slopes_kernel, _statistics_kernel
 from okd_kernels.rows import LogitRows, Rows, needs_slope_sum
 
 TARGETS = {

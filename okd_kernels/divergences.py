@@ -303,8 +303,8 @@ class Objective:
         for name, value in values.items():
             if divergence == "alpha_beta" and not 0 < value < math.inf:
                 raise ValueError(
-                    f"alpha_beta: expected alpha > 0 and beta > 0, or (1, 0) or (0, 1); got {values}: use a small positive "
-                    "value in place of 0"
+                    f"alpha_beta: expected alpha > 0 and beta > 0, or (1, 0) or (0, 1); got {values}: use a small "
+                    "positive value in place of 0"
                 )
             if divergence != "alpha_beta" and not 0 < value < 1:
                 raise ValueError(f"{divergence}: expected {name} between 0 and 1; got {value}")

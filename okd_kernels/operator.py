@@ -65,6 +65,8 @@ def vocabulary_of(operands: Operands, spec: Spec) -> Vocabulary:
         name: str(x) if isinstance(x, torch.dtype) else x for name, x in spec._asdict().items() if name != "group"
     }
     facts = {"number of tokens": len(operands.row_weights), "number of counted tokens": counted, **options}
+    if labels is not None:  # one rank's bad label would be its error alone, and the others would wait for it
+        facts["sum of labels"] = int(labels.sum())
     device = operands.student_hidden.device
     return shared_vocabulary(spec.group, [student, teacher], spec.vocab_size, device, facts)
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from okd_kernels.rows import FLOOR, LogitRows
 from okd_kernels.sharding import Vocabulary
-from okd_kernels.torch_rows import LOG2_E, block_rows, blocks
+from okd_kernels.torch_block import LOG2_E
+from okd_kernels.torch_rows import block_rows, blocks
 
 ROUNDING = 8  # eps; a tail below this share of 1 - max p is rounding of the K log-probabilities
 SPARSE_METRICS = ("target_mass", "student_mass")

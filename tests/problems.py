@@ -21,7 +21,7 @@ N, V, D_S, D_T = 7, 131, 16, 24
 SIDES = ("student", "teacher")
 GRADIENTS = tuple(f"{side}_{x}" for side in SIDES for x in ("hidden", "weight", "bias"))
 DRAWS = 4
-OF_CHUNKS = ("workspace_bytes", "compact", "group", "requires", "watch")  # options that whole logits know nothing of
+OF_CHUNKS = ("workspace_bytes", "compact", "group", "requires", "watch")  # of no concern to whole logits
 
 
 class Problem:
