@@ -67,13 +67,14 @@ def _accumulate_widened(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
 def chunk_rows(n: int, row_bytes: int, workspace_bytes: int, device: torch.device) -> int:
     """Rows of a chunk: as many as the workspace holds, evened out so that the last chunk is no remnant.
 
-    On a GPU a multiple of 128, the rows of a GEMM's tile, where that many fit.
+    Of several on a GPU a multiple of 128, the rows of a GEMM's tile, where that many fit.
     """
-    most = max(1, min(n, workspace_bytes // row_bytes))
-    even = -(-n // -(-n // most))
-    if device.type == "cpu" or most < 128:
-        return even
-    return min(-(-even // 128) * 128, most // 128 * 128)
+    most = max(1, workspace_bytes // row_bytes)
+    if n <= most:
+        return n
+    tile = 1 if device.type == "cpu" or most < 128 else 128
+    chunks = -(-n // (most // tile * tile))
+    return -(-n // (chunks * tile)) * tile
 
 
 def row_stride(vocab_size: int) -> int:

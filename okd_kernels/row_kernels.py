@@ -24,13 +24,13 @@ SCALE_PROGRAMS = 1024  # at most: where there is nothing to do, each costs its s
 class Launch(NamedTuple):
     """How a row is worked on. Fixed rather than tuned at run time: a trial would overwrite the logits, and synchronise.
 
-    Given 104 registers a thread, ptxas spills in no case and two to four rows share a multiprocessor; left to itself it
+    Given 112 registers a thread, ptxas spills in no case and two to four rows share a multiprocessor; left to itself it
     squeezes some cases further and spills a little. `benchmarks.tune` times `LAUNCHES` on a GPU.
     """
 
     block: int = 2048  # columns at a time
     warps: int = 8
-    registers: int = 104  # that a thread may take; CUDA only
+    registers: int = 112  # that a thread may take; CUDA only
 
     def options(self, is_cuda: bool) -> dict[str, int]:
         return {"num_warps": self.warps, **({"maxnreg": self.registers} if is_cuda else {})}

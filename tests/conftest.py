@@ -4,6 +4,7 @@
 """
 
 import os
+import zlib
 
 if os.environ.get("OKD_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
@@ -19,3 +20,13 @@ torch.set_num_threads(1)  # models this small only make threads wait for one ano
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the many cases that Triton's interpreter works on, each a second or more, one in four is not slow."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    for item in items:
+        interpreted = "triton" in getattr(getattr(item, "callspec", None), "params", {}).values()
+        if interpreted and zlib.crc32(item.nodeid.encode()) % 4:
+            item.add_marker(pytest.mark.slow)

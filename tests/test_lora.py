@@ -15,8 +15,8 @@ R, SCALING = 3, 1.7
 def test_lora_on_the_head_is_honoured(reduction, dtype, backend):
     """Against the merged weight in fp64: values, and gradients of hidden states, A and B of both sides.
 
-    The budget is that of `problems`, but for what a 16-bit head costs: hidden @ A.T is rounded to 16 bits, as PEFT
-    rounds it, in plain PyTorch, too; the gradients of the logits once more, which costs at most their own rounding.
+    Plain PyTorch, which the budget is computed from as in `problems`, rounds hidden @ A.T to the head's dtype as PEFT
+    does: [hidden, scaling hidden A.T] [W, B].T. The gradients of logits in 16 bits may cost their own rounding more.
     """
     g, problem = torch.Generator().manual_seed(0), Problem(dtype=dtype)
     adapters = {
@@ -24,7 +24,7 @@ def test_lora_on_the_head_is_honoured(reduction, dtype, backend):
         for side, d in (("student", D_S), ("teacher", D_T))
     }
 
-    def run(backend, dtype, merged=False, orders=None):
+    def run(backend, dtype, form="lora", orders=None):
         t = {k: x.to(dtype).clone() for k, x in problem.operands.items()}
         heads, wanted = [], []
         for side in ("student", "teacher"):
@@ -33,8 +33,11 @@ def test_lora_on_the_head_is_honoured(reduction, dtype, backend):
             hidden, weight = hidden[:, order].requires_grad_(), weight[:, order]
             down, up = (x.to(dtype).clone() for x in adapters[side])
             down, up = down[:, order].requires_grad_(), up.requires_grad_()
-            if merged:
+            if form == "merged":
                 heads.append((hidden, LinearHead(weight + SCALING * up @ down, bias, softcap=9.0)))
+            elif form == "columns":
+                x = torch.cat([hidden, SCALING * (hidden @ down.T)], 1)
+                heads.append((x, LinearHead(torch.cat([weight, up], 1), bias, softcap=9.0)))
             else:
                 heads.append((hidden, LinearHead(weight, bias, softcap=9.0, lora=(down, up, SCALING))))
             wanted += [hidden, down, up]
@@ -49,11 +52,11 @@ def test_lora_on_the_head_is_honoured(reduction, dtype, backend):
                 gradients[i] = gradients[i][:, orders[side].argsort()]
         return [loss.total.sum(), *gradients]
 
-    truth = run("reference", torch.float64, merged=True)
-    draws = [run("reference", dtype)]
+    truth = run("reference", torch.float64, "merged")
+    draws = [run("reference", dtype, "columns")]
     for _ in range(DRAWS - 1):
         orders = {side: torch.randperm(d, generator=g).to(DEVICE) for side, d in (("student", D_S), ("teacher", D_T))}
-        draws.append(run("reference", dtype, orders=orders))
+        draws.append(run("reference", dtype, "columns", orders))
     of_rounding = 0.0
     if dtype != torch.float32:
         x = torch.randn(10_000, generator=g, dtype=torch.float64)
