@@ -180,8 +180,8 @@ def _slopes_kernel(
     if label >= 0:
         statistics_ptr += row * _N_STATISTICS
         of_teacher = n.to(tl.int64) * _N_STATISTICS
-        z_top, z_log, _, _ = _read(statistics_ptr)
-        u_top, u_log, _, _ = _read(statistics_ptr + of_teacher)
+        z_top, z_log, _z_log_1, _z_mean = _read(statistics_ptr)
+        u_top, u_log, _u_log_1, _u_mean = _read(statistics_ptr + of_teacher)
         inverse_temperature = 1.0 / temperature
         s_sums = tl.zeros([BLOCK // 4], dtype=tl.float32)
         t_sums = tl.zeros([BLOCK // 4], dtype=tl.float32)
