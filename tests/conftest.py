@@ -23,10 +23,10 @@ def seed() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the many cases that Triton's interpreter works on, each a second or more, one in four is not slow."""
+    """Of the many cases that Triton's interpreter works on, each a second or more, one in four runs unless asked for."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     for item in items:
         interpreted = "triton" in getattr(getattr(item, "callspec", None), "params", {}).values()
         if interpreted and zlib.crc32(item.nodeid.encode()) % 4:
-            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.interpreted)

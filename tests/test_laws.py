@@ -7,7 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import BACKENDS, DEVICE, assert_logits_as_good_as_the_reference, run_logits, values_of
+from problems import (
+    BACKENDS,
+    DEVICE,
+    assert_logits_as_good_as_the_reference,
+    error,
+    relative_error,
+    run_logits,
+    values_of,
+)
 
 from okd_kernels import DIVERGENCES, Objective, distillation_loss
 from okd_kernels.engine import run_chunks
@@ -46,8 +54,9 @@ def test_divergences_are_positive_and_their_gradients_sum_to_zero(name, backend,
     values, gradients = run_logits(z, u, None, backend, **options(name))
     assert (values["student"] > 0).all() and (values["teacher"] > 0).all()
     for side, gradient in gradients.items():
-        # p and q each sum to 1 but for the rounding of their exponentials and of what these are divided by.
-        budget = 4 * EPS + 8 * EPS * gradient.abs().sum(-1)
+        # q sums to 1 but for the rounding of its exponentials, one eps of each log q, whose mean is the entropy.
+        entropies = values["student_entropy"] + values["teacher_entropy"]
+        budget = EPS * (8 * gradient.abs().sum(-1) + 2 * (2 + entropies))
         assert (gradient.double().sum(-1).abs() <= budget).all(), side
 
 
@@ -56,11 +65,23 @@ def test_divergences_are_positive_and_their_gradients_sum_to_zero(name, backend,
 @pytest.mark.parametrize("offset", [20.0, -7.3])
 @pytest.mark.parametrize("spread", [1.0, 0.03])
 def test_a_constant_changes_nothing(name, backend, spread, offset):
-    """Of either side's logits; that adding it rounds them is taken out, in fp64."""
-    z, u = logits(1, spread)
-    moved = z + offset, u - offset
-    truth = truth_of(moved[0].double() - offset, moved[1].double() + offset, name)
-    assert_logits_as_good_as_the_reference(*moved, None, backend, truth, **options(name))
+    """Of either side's logits; that adding it rounds them is taken out, in fp64.
+
+    What is left is rounding of a few large probabilities, which the order of the vocabulary does not change: the draws
+    of plain PyTorch are other logits.
+    """
+    worst = {}
+    for seed in range(4):
+        z, u = logits(seed, spread)
+        moved = z + offset, u - offset
+        truth = truth_of(moved[0].double() - offset, moved[1].double() + offset, name)
+        for each in ("reference", backend):
+            values, gradients = run_logits(*moved, None, each, **options(name))
+            errors = {k: error(values[k], x) / (8 * x.abs().max().item() + 2) for k, x in truth[0].items()}
+            errors |= {f"d{k}": relative_error(gradients[k], x) / 8 for k, x in truth[1].items()}
+            worst[each] = {k: max(x, worst.get(each, {}).get(k, 0.0)) for k, x in errors.items()}
+    for k, ours in worst[backend].items():
+        assert ours <= 2 * worst["reference"][k] + EPS, k
 
 
 @backends

@@ -92,7 +92,7 @@ def test_what_would_synchronise_the_host_stands_where_only_a_cpu_comes():
         ("problem", "inverse_normalizer", "item"),  # of a CPU's tensor
         ("cpu", "empty_like", "frombuffer"),
         ("targets", "_all_closed", "bool"),  # on a CPU
-        ("torch_rows", "fill", "bool"),  # on a CPU: `careful` elsewhere
+        ("torch_block", "fill", "bool"),  # on a CPU: `careful` elsewhere
         ("operator", "counted_rows", "nonzero"),  # documented: `compact`
         ("operator", "vocabulary_of", "int"),  # documented: with a group, ranks compare once a call what they do
         ("sharding", "shared_vocabulary", "tolist"),
