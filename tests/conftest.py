@@ -23,7 +23,7 @@ def seed() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the many cases that Triton's interpreter works on, each a second or more, one in four runs unless asked for."""
+    """Of the many cases that Triton's interpreter works on, a second or more each, three in four run when asked for."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     for item in items:
