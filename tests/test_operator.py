@@ -81,6 +81,7 @@ def test_one_graph_gives_the_numbers_of_eager_mode_for_changing_n(make, dynamic,
         assert_as_eager(numbers(compiled, tensors, targets, reduction=reduction), eager, truth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("make", [linear, sparse])
 def test_inductor_gives_the_numbers_of_eager_mode(make, reduction):
