@@ -48,8 +48,10 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.addmm(total, a, b, beta=beta, out=total)
     elif a.device.type == "cuda" and total.dtype == torch.float32:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
-    else:  # no GEMM has this output, and a 16-bit product of each chunk would be rounded
-        _accumulate_widened(total, a, b, beta)
+    elif first:
+        total.copy_(torch.mm(a, b))
+    else:
+        total.add_(torch.mm(a, b))
 
 
 def _accumulate_widened(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
