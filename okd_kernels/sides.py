@@ -178,19 +178,19 @@ class Model:
                 total = total.new_zeros(len(self.operands[f"{self.name}_hidden"]), total.shape[1]).index_copy_(
                     0, self.kept, total
                 )
-            found |= self._by_columns(total, side.hidden_columns, "hidden", "lora_x")
+            found |= self._by_columns(total, "hidden", "lora_x")
         for by_column in (side.grad_weight, side.grad_bias):
             if by_column is not None:  # padding, or everything where no chunk has written
                 by_column[self.vocabulary.size if len(side.hidden) else 0 :] = 0
                 if self.deferred_scale is not None:
                     by_column.mul_(self.deferred_scale)
         if side.grad_weight is not None:
-            found |= self._by_columns(side.grad_weight, side.weight_columns, "weight", "lora_b")
+            found |= self._by_columns(side.grad_weight, "weight", "lora_b")
         if side.grad_bias is not None:
             found[f"{self.name}_bias"] = side.grad_bias
         return {name: self._in_dtype(x, self.operands[name]) for name, x in found.items()}
 
-    def _by_columns(self, total: Tensor, columns: slice, first: str, second: str) -> dict[str, Tensor]:
+    def _by_columns(self, total: Tensor, first: str, second: str) -> dict[str, Tensor]:
         names = [name for name in (f"{self.name}_{first}", f"{self.name}_{second}") if name in self.wanted]
         if len(names) == 1:
             return {names[0]: total}

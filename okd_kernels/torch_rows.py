@@ -96,9 +96,8 @@ class TorchRows:
         """The rows by blocks, each loaded; `fill` makes the teacher's logits of a block, where that waits for it."""
         n, target, here, ignored, weights = len(rows.weights), None, None, None, rows.weights
         if rows.labels is not None:
-            column = rows.labels - self.first
-            here = ((column >= 0) & (column < self.v)).unsqueeze(1)
-            target = column.clamp(0, self.v - 1).expand(2, n).unsqueeze(2)
+            column, here = self._columns(rows.labels)
+            here, target = here.unsqueeze(1), column.clamp(0, self.v - 1).expand(2, n).unsqueeze(2)
             ignored = (rows.labels < 0).unsqueeze(1)
             if self.on_cpu and not ignored.any():
                 ignored = None
@@ -111,6 +110,11 @@ class TorchRows:
             logits = self._load(sides, None if ignored is None else ignored[at])
             at_label = None if target is None else target[:, at]
             yield Part(at, sides, logits, at_label, None if here is None else here[at], weights[at]), self.block
+
+    def _columns(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(n,) of the labels, and whether they are this rank's."""
+        column = labels - self.first
+        return column, (column >= 0) & (column < self.v)
 
     def _load(self, sides: tuple[LogitRows, LogitRows], ignored: Tensor | None) -> list[Tensor]:
         """Fill the block; the logits as they went there."""
@@ -139,8 +143,7 @@ class TorchRows:
     def _statistics(self, rows: Rows, found: list[tuple[Tensor, ...]]) -> Tensor:
         tops, sums, cross, at_label, log_sums_at_1 = (torch.cat(x, 1) for x in zip(*found, strict=True))
         if rows.labels is not None:
-            column = rows.labels - self.first
-            here = (column >= 0) & (column < self.v)
+            _, here = self._columns(rows.labels)
             at_label = (tops + at_label * (LN2 * self.temperature)).masked_fill(~here, 0)
         sums_at_1 = sums if self.temperature == 1.0 else (log_sums_at_1 - tops).exp()
         return torch.stack([tops, sums, sums_at_1, cross, at_label.to(tops.dtype)], -1)
