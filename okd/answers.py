@@ -13,10 +13,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from okd.data import IGNORE
+from okd.data import IGNORE, Row
 from okd.models import evaluating, position_limit
 
-Row = dict[str, Any]
 Item = TypeVar("Item")
 
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # answers that follow the model's own q

@@ -1,40 +1,51 @@
-"""What a run keeps of a pair: the student, the teacher's adapter, what selects among teachers. No pickles.
+"""What a run keeps of a pair: the student, what the teacher has become, what the method remembers. No pickles.
 
 Plain `from_pretrained` loads the student, and plain `peft` the adapter.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from okd.models import load_model
 from okd.pair import StudentTeacher
+from okd.teachers import Averaged
 
-STUDENT, ADAPTER = "student", "teacher_adapter"  # directories of a saved run or checkpoint
-SELECTION = "selection.safetensors"
+STUDENT, ADAPTER, AVERAGE = "student", "teacher_adapter", "teacher_average"  # directories of a run or checkpoint
+SELECTION, MEMORY = "selection.safetensors", "method.json"
 ENCODER = "prompt_encoder.safetensors"  # beside the adapter, whose prompt is the encoder's output
 
 
+def _models(pair: StudentTeacher) -> dict[str, tuple[str, Any]]:
+    """Directory -> (prefix of its weights in the pair, model), of what trains."""
+    models = {STUDENT: ("student.", pair.student)}
+    if pair.teacher is not None and pair.teacher.learns:
+        models[ADAPTER] = ("teacher.model.", pair.teacher.model)
+    if isinstance(pair.teacher, Averaged):
+        models[AVERAGE] = ("teacher.model.", pair.teacher.model)
+    return models
+
+
 def save(pair: StudentTeacher, directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """`student/`, `teacher_adapter/` and the selection, but not the base teacher.
+    """`student/`, the teacher's adapter or average, the selection and the loss's memory, but not the base teacher.
 
     state_dict: the pair's, where FSDP or ZeRO has gathered it.
     """
-    parts: dict[str, Any] = {STUDENT: pair.student}
-    if pair.args.online:
-        parts[ADAPTER] = pair.teacher
-    for name, model in parts.items():
-        own = None if state_dict is None else _part(state_dict, "student." if name == STUDENT else "teacher.")
+    for name, (prefix, model) in _models(pair).items():
+        own = None if state_dict is None else _part(state_dict, prefix)
         model.save_pretrained(directory / name, state_dict=own)
         if name == ADAPTER and _has_encoder(model.active_peft_config):
             save_file(_trainable(model, own), directory / name / ENCODER)
     if pair.selection is not None:
         own = _part(state_dict, "selection.") if state_dict is not None else pair.selection.state_dict()
         save_file(own, directory / SELECTION)
+    if hasattr(pair.loss, "state"):
+        (directory / MEMORY).write_text(json.dumps(pair.loss.state))
 
 
 def load(pair: StudentTeacher, directory: Path) -> None:
@@ -42,11 +53,50 @@ def load(pair: StudentTeacher, directory: Path) -> None:
 
     Raises FileNotFoundError without such a directory, ValueError where another adapter trains here.
     """
-    _load_weights(pair.student, directory / STUDENT)
-    if pair.args.online:
-        _load_weights(pair.teacher, directory / ADAPTER)
+    for name, (_, model) in _models(pair).items():
+        _load_weights(model, directory / name)
     if pair.selection is not None:
         pair.selection.load_state_dict(load_file(directory / SELECTION))
+    if hasattr(pair.loss, "state"):
+        pair.loss.state = json.loads((directory / MEMORY).read_text())
+
+
+class Checkpointing:
+    """What `Trainer` asks of a trainer whose model is a pair."""
+
+    args: Any
+    pair: Any
+    sampler: Any
+    state: Any
+    tokenizer: Any
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:  # Trainer leaves it to this method that one process writes
+            return
+        directory = Path(str(output_dir or self.args.output_dir))
+        save(self.pair, directory, state_dict)
+        self.tokenizer.save_pretrained(directory / STUDENT)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load(self.pair, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Beside what continues a run, and not merely its weights: the sampler's state."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.sampler.load(self._sampler_file(Path(checkpoint)))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Beside the random state that every process saves with a checkpoint: its sampler's."""
+        super()._save_rng_state(output_dir)
+        if self.sampler.state:
+            self.sampler.save(self._sampler_file(Path(output_dir)))
+
+    def _sampler_file(self, directory: Path) -> Path:
+        return directory / f"sampler_{self.args.process_index}.json"
 
 
 def _part(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -110,7 +110,8 @@ def parse_train(argv: Sequence[str]) -> tuple[Any, Any]:
     """(RunConfig, OKDConfig) of `okd train [METHOD] [--config FILE] [--option value ...]`; the command line wins."""
     from transformers import HfArgumentParser, TrainingArguments
 
-    from okd.config import METHODS, OKDConfig
+    from okd.config import OKDConfig
+    from okd.methods import METHODS
     from okd.run import RunConfig
 
     presets = "\n".join(f"  {name:<18}{method.summary}" for name, method in METHODS.items())
@@ -177,7 +178,7 @@ def _read_config(path: str, known: set[str]) -> tuple[list[str], dict[str, Any]]
             raise ValueError(f"{path}: expected names of options; got {name!r}{_suggest(str(name), known)}")
     words = [f"--{k}={plain[k]}" for k, v in values.items() if v is not None and not isinstance(v, dict | list)]
     defaults = {k: v for k, v in values.items() if v is None or isinstance(v, dict | list)}
-    for name in ("student", "student_layers", "teacher", "train_file", "eval_file", "dtype"):
+    for name in ("student", "student_layers", "teacher", "train_file", "eval_file", "lm_file", "dtype"):
         if isinstance(defaults.get(name), dict | list):
             raise ValueError(f"{path}: expected one value as {name}; got {defaults[name]!r}: write it as text")
     return words, defaults

@@ -5,7 +5,9 @@ token ids, and every example that is shortened or left out is counted and named.
 
 An example is a dict of one of three shapes, with an optional "id":
     {"messages": [{"role", "content"}, ...]}     {"prompt": str, "completion": str}     {"text": str}
-A row is an example ready to train on, its labels not shifted: {"id": str, "input_ids": list[int], "labels": list[int]}
+It may name the one of several teachers that teaches it, "teacher": str, and what its teacher reads in place of the
+prompt, "teacher_prompt": str or messages.
+A row is an example ready to train on, see `Row`; a batch is what the collator makes of rows, see `Batch`.
 
 Shapes: B rows in a batch, T tokens in the longest, N positions whose next token is a response token.
 """
@@ -16,16 +18,84 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import jinja2
 import torch
+from torch import Tensor
+from transformers.utils import logging
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
+logger = logging.get_logger(__name__)
+DATASET, STUDENT, TEACHER, BOTH, TEXT = "dataset", "student", "teacher", "both", "text"  # who wrote a row's response
+OWN = (STUDENT, BOTH)  # the student's words, in part at least: no references, and so no labels of a cross-entropy
+
+
+class Row(TypedDict):
+    """An example ready to train on; labels are not shifted."""
+
+    id: str
+    input_ids: list[int]
+    labels: list[int]  # input_ids on response tokens, IGNORE elsewhere
+    writer: NotRequired[str]  # DATASET where it is not given; TEXT is plain text of a second data set
+    teacher: NotRequired[str]  # name of the teacher, out of several
+    teacher_prompt: NotRequired[list[int]]  # what the teacher reads in place of all before the response
+
+
+class Batch(TypedDict):
+    """Rows padded on the right to T tokens, of which N come before a response token. Lists stay on the host."""
+
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T)
+    labels: Tensor  # (B, T); IGNORE in padding
+    positions: Tensor  # (N,) flat indices b * T + t, in order, where labels[b, t + 1] is a response token
+    targets: Tensor  # (N,) those labels
+    counts: list[int]  # response tokens of each row: their sum is N
+    writers: list[str]
+    teachers: list[str | None]
+    ids: list[str]
+    teacher_input_ids: NotRequired[Tensor]  # the same three as the teacher reads them, where a row says how
+    teacher_attention_mask: NotRequired[Tensor]
+    teacher_positions: NotRequired[Tensor]  # (N,)
+
+
+def tokens_of(batch: Batch, rows: Iterable[int]) -> Tensor:
+    """(n,) indices into the N response tokens of those that belong to these rows. No device synchronisation."""
+    starts = [0, *accumulate(batch["counts"])]
+    indices = [i for row in rows for i in range(starts[row], starts[row + 1])]
+    return torch.tensor(indices, dtype=torch.long).to(batch["positions"].device, non_blocking=True)
+
+
+def rows_written(batch: Batch, *writers: str) -> list[int]:
+    """Indices of the rows whose response one of these wrote."""
+    return [i for i, writer in enumerate(batch["writers"]) if writer in writers]
+
+
+def rows_of(batch: Batch) -> list[Row]:
+    """The rows that `Collator` made a batch of."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    columns = zip(batch["ids"], batch["input_ids"].tolist(), batch["labels"].tolist(), lengths, strict=True)
+    rows: list[Row] = [{"id": name, "input_ids": ids[:n], "labels": labels[:n]} for name, ids, labels, n in columns]
+    for i, row in enumerate(rows):
+        if batch["writers"][i] != DATASET:
+            row["writer"] = batch["writers"][i]
+        if (teacher := batch["teachers"][i]) is not None:
+            row["teacher"] = teacher
+    if "teacher_input_ids" in batch:
+        masks = batch["teacher_attention_mask"].sum(1).tolist()
+        for row, ids, n in zip(rows, batch["teacher_input_ids"].tolist(), masks, strict=True):
+            row["teacher_prompt"] = ids[: n - (len(row["input_ids"]) - start_of_response(row))]
+    return rows
+
+
+def start_of_response(row: Row) -> int:
+    """Tokens before the first response token; all of them without one."""
+    return next((i for i, label in enumerate(row["labels"]) if label != IGNORE), len(row["labels"]))
 
 
 def read_jsonl(path: str | Path, completions: bool = True) -> list[dict[str, Any]]:
@@ -71,7 +141,7 @@ def _with_answer(example: Any) -> Any:
 class Encoded:
     """What `encode` made of its examples: the rows, and the ids of those it shortened or left out."""
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     truncated: list[str] = field(default_factory=list)  # ids of rows cut to max_length
     skipped: dict[str, list[str]] = field(default_factory=dict)  # reason -> ids of examples left out
 
@@ -121,6 +191,7 @@ def encode(
         name = _id(example, default=f"#{index}")
         try:
             input_ids, labels = _encode_one(example, tokenizer, render)
+            teacher_prompt = _teacher_prompt(example, labels, tokenizer, render)
         except (ValueError, jinja2.TemplateError) as error:
             raise ValueError(f"example {name}: {error}") from error
         cut = len(input_ids) > max_length
@@ -132,7 +203,12 @@ def encode(
             continue
         if cut:
             encoded.truncated.append(name)
-        encoded.rows.append({"id": name, "input_ids": input_ids, "labels": labels})
+        row: Row = {"id": name, "input_ids": input_ids, "labels": labels}
+        if example.get("teacher") is not None:
+            row["teacher"] = str(example["teacher"])
+        if teacher_prompt is not None:
+            row["teacher_prompt"] = teacher_prompt
+        encoded.rows.append(row)
     if not encoded.rows:
         raise ValueError(
             f"expected at least one example with a response token, got {encoded.summary()}; "
@@ -167,6 +243,34 @@ def _encode_one(
         return _encode_raw(prompt, completion, tokenizer)
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     return _encode_chat(turns, tokenizer)
+
+
+def _teacher_prompt(
+    example: Mapping[str, Any], labels: list[int], tokenizer: PreTrainedTokenizerBase, render: bool
+) -> list[int] | None:
+    """What the teacher reads before the response: text, messages, or (of a row) ids. None: what the student does."""
+    given = example.get("teacher_prompt")
+    if given is None:
+        return None
+    if sum(label != IGNORE and (i == 0 or labels[i - 1] == IGNORE) for i, label in enumerate(labels)) > 1:
+        raise ValueError(
+            "expected one response with teacher_prompt, which stands in place of all before it; got several: split the "
+            "conversation into one example for each turn"
+        )
+    if isinstance(given, str) and not render:
+        first = tokenizer("a")["input_ids"][:1]
+        bos = first if first == [tokenizer.bos_token_id] else []
+        return bos + tokenizer(given, add_special_tokens=False)["input_ids"]
+    if isinstance(given, str):
+        given = [{"role": "user", "content": given}]
+    if isinstance(given, list) and all(isinstance(token, int) for token in given):
+        return list(given)
+    if not render or not isinstance(given, list) or not all(_has_strings(m, "role", "content") for m in given):
+        raise ValueError(
+            f"expected teacher_prompt as a string, or messages where there is a chat template; got {_excerpt(given)}"
+        )
+    text = str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True))
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _encode_raw(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -250,14 +354,8 @@ def _excerpt(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows -> one right-padded batch: its tensors, and the response positions found on the CPU.
+    """Rows -> one right-padded `Batch`, all that needs the values of its tensors found on the CPU.
 
-    Returns (tensors int64 where nothing else is said)
-        input_ids, attention_mask, labels   (B, T); padded with pad_token_id, 0, -100
-        positions                           (N,) flat indices b * T + t, in order, where labels[b, t + 1] != -100
-        targets                             (N,) those labels
-        student_written                     (B,) bool, of rows with "student_written": responses the student sampled
-        ids                                 list of B strings
     `hidden.flatten(0, 1)[positions]` needs no device synchronisation; indexing by a boolean mask does, to learn N.
     Padding follows from lengths, never from ids: the pad token is often eos, which is a response token too.
     """
@@ -269,27 +367,47 @@ class Collator:
         if not isinstance(self.pad_token_id, int):
             raise ValueError(f"expected an int as pad_token_id, got {self.pad_token_id!r}; eos_token_id will do")
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        multiple = self.pad_to_multiple_of or 1
-        length = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
-        input_ids = torch.full((len(rows), length), self.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        input_ids, attention_mask = self._padded([row["input_ids"] for row in rows])
         labels = torch.full_like(input_ids, IGNORE)
         for i, row in enumerate(rows):
-            n = len(row["input_ids"])
-            input_ids[i, :n] = torch.tensor(row["input_ids"])
-            attention_mask[i, :n] = 1
-            labels[i, :n] = torch.tensor(row["labels"])
+            labels[i, : len(row["labels"])] = torch.tensor(row["labels"])
         b, t = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-        return {
+        batch: Batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
-            "positions": b * length + t,
+            "positions": b * input_ids.shape[1] + t,
             "targets": labels[b, t + 1],
-            "student_written": torch.tensor([bool(row.get("student_written")) for row in rows]),
+            "counts": b.bincount(minlength=len(rows)).tolist(),
+            "writers": [row.get("writer", DATASET) for row in rows],
+            "teachers": [row.get("teacher") for row in rows],
             "ids": [row["id"] for row in rows],
         }
+        if any("teacher_prompt" in row for row in rows):
+            starts = [start_of_response(row) for row in rows]
+            prompts = [
+                row.get("teacher_prompt", row["input_ids"][:start]) for row, start in zip(rows, starts, strict=True)
+            ]
+            sequences = [p + row["input_ids"][n:] for p, row, n in zip(prompts, rows, starts, strict=True)]
+            ids, mask = self._padded(sequences)
+            moved = torch.tensor([len(p) - n for p, n in zip(prompts, starts, strict=True)])
+            batch |= {
+                "teacher_input_ids": ids,
+                "teacher_attention_mask": mask,
+                "teacher_positions": b * ids.shape[1] + t + moved[b],
+            }
+        return batch
+
+    def _padded(self, sequences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        multiple = self.pad_to_multiple_of or 1
+        length = -(-max(map(len, sequences)) // multiple) * multiple
+        ids = torch.full((len(sequences), length), self.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for i, sequence in enumerate(sequences):
+            ids[i, : len(sequence)] = torch.tensor(sequence)
+            mask[i, : len(sequence)] = 1
+        return ids, mask
 
 
 def split_by_hash(examples: Iterable[dict[str, Any]], held_out: float = 0.1) -> tuple[list[dict], list[dict]]:
@@ -306,3 +424,26 @@ def split_by_hash(examples: Iterable[dict[str, Any]], held_out: float = 0.1) -> 
         digest = hashlib.sha256(str(example["id"]).encode()).digest()
         sides[int.from_bytes(digest, "big") / 2**256 < held_out].append(example)
     return sides
+
+
+def seed_of(*parts: object) -> int:
+    """A seed that hangs on these alone: the run's seed, the step, an example's id. The same on any rank."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def uniform(*parts: object) -> float:
+    """A number in [0, 1) that hangs on these alone."""
+    return seed_of(*parts) / 2**63
+
+
+def encoded_rows(data: Any, tokenizer: Any, options: Any) -> Any:
+    """Encoded rows: a list, or of a mapping one of lists."""
+    if data is None:
+        return None
+    if isinstance(data, Mapping):
+        return {name: encoded_rows(part, tokenizer, options) for name, part in data.items()}
+    if isinstance(data, Encoded):
+        return data.rows
+    encoded = encode(data, tokenizer, max_length=options.max_length, chat_template=options.chat_template)
+    logger.log(logging.WARNING if encoded.truncated or encoded.skipped else logging.INFO, encoded.summary())
+    return encoded.rows

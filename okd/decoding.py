@@ -11,6 +11,7 @@ Shapes: B rows; W columns, the tokens of the longest row so far; g tokens drafte
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,14 +133,16 @@ def write(
     *,
     ends: Collection[int],
     vocab_size: int,
-    generator: torch.Generator,  # of the CPU
+    seeds: Sequence[int],  # of each prompt's numbers
     draw: Draw,
     teacher: Any | None = None,
     teacher_draw: Draw = Draw(),
     gamma: int = ROUND,
     top_k: int = 0,
+    share: float = 0.0,
 ) -> Written:
-    """Responses that `model` samples; with a teacher, by SKD's interleaved sampling (arXiv 2410.11325, Alg. 1).
+    """Responses that `model` samples; with a teacher, by SKD's interleaved sampling (arXiv 2410.11325, Alg. 1), or,
+    where that has a `share` a, from (1 - a) q + a p (MiniLLM, arXiv 2306.08543, Eq. 6).
 
     The model drafts gamma tokens, the teacher scores them in one forward. The first that is not among the teacher's
     `top_k` likeliest (a tie is) is replaced by a sample of the teacher, and the drafts after it are dropped. There is
@@ -154,7 +157,8 @@ def write(
     Models should be in evaluation mode. The host waits once a round.
     """
     device, count = next(model.parameters()).device, len(prompts)
-    decoders = [Decoder(m, vocab_size, rollback=teacher is not None) for m in (model, teacher) if m is not None]
+    judges = teacher is not None and not share
+    decoders = [Decoder(m, vocab_size, rollback=judges) for m in (model, teacher) if m is not None]
     sizes = [len(prompt) for prompt in prompts]
     if min(sizes) < 2 or min(limits) < 1:
         raise ValueError(
@@ -163,7 +167,7 @@ def write(
         )
     width, remaining = max(sizes), max(limits)
     last_position = max(size + limit for size, limit in zip(sizes, limits, strict=True)) - 1
-    uniforms = torch.rand(2, count, remaining, generator=generator).to(device)
+    uniforms = _uniforms(seeds, limits).to(device)
     lengths, limit = torch.tensor([sizes, limits], device=device)
     end_tokens = torch.tensor(sorted(ends), dtype=torch.long, device=device)
     tokens = torch.tensor([[*[0] * (width - len(p)), *p] for p in prompts], device=device)
@@ -185,12 +189,17 @@ def write(
         grown = nn.functional.pad(mask, (0, g), value=True)  # the columns of this round's tokens
         drafts = [last]
         for i in range(g):
-            hidden = decoders[0].feed(drafts[-1], grown[:, : mask.shape[1] + i], last_position)
-            drafts.append(draw(decoders[0].logits(hidden[:, -1]), own[:, i])[:, None])
+            columns = grown[:, : mask.shape[1] + i]
+            of_models = [
+                decoder.logits(decoder.feed(drafts[-1], columns, last_position)[:, -1])
+                for decoder in (decoders if share else decoders[:1])
+            ]
+            logits = _mixture(*of_models, share) if share else of_models[0]
+            drafts.append(draw(logits, own[:, i])[:, None])
         draft = torch.cat(drafts[1:], 1)  # (B, g)
 
         students = torch.ones_like(draft, dtype=torch.bool)  # drafted by the student, and not replaced
-        if teacher is not None:
+        if judges:
             hidden = decoders[1].feed(torch.cat(drafts[:-1], 1), grown[:, :-1], last_position)
             logits = decoders[1].logits(hidden)  # (B, g, V)
             better = (logits > logits.gather(2, draft[:, :, None])).sum(2)
@@ -209,7 +218,7 @@ def write(
         running = running & ~(kept & ending).any(1) & (written < limit)
         width, remaining = torch.stack([(lengths + written).max(), ((limit - written) * running).max()]).tolist()
 
-        if teacher is None:  # rows that have ended write on, past what counts
+        if not judges:  # rows that have ended write on, past what counts
             mask, last = grown, draft[:, -1:]
         elif remaining:
             columns = torch.arange(width, device=device) - width + mask.shape[1] + added[:, None]
@@ -220,3 +229,17 @@ def write(
 
     rows = [row[:n] for row, n in zip(responses.tolist(), written.tolist(), strict=True)]
     return Written(rows, sum(map(len, rows)), int(accepted.sum()))
+
+
+def _uniforms(seeds: Sequence[int], limits: Sequence[int]) -> Tensor:
+    """(2, B, longest limit) numbers in [0, 1), those of a row a function of its seed and limit alone."""
+    found, generator = torch.zeros(2, len(limits), max(limits)), torch.Generator()
+    for i, (seed, limit) in enumerate(zip(seeds, limits, strict=True)):
+        found[:, i, :limit] = torch.rand(2, limit, generator=generator.manual_seed(seed))
+    return found
+
+
+def _mixture(logits: Tensor, teacher_logits: Tensor, share: float) -> Tensor:
+    """log((1 - share) q + share p) of (B, V) logits."""
+    q, p = logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
+    return torch.logaddexp(q + math.log1p(-share), p + math.log(share))

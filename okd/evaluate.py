@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from okd.answers import SAMPLED, Row, batches, generate_answers, padding_token, rouge_l, seeded
-from okd.data import IGNORE, Collator
-from okd.models import evaluating, hidden_states
-from okd.teachers import base_teacher
+from okd.answers import SAMPLED, batches, generate_answers, padding_token, rouge_l, seeded
+from okd.data import IGNORE, Batch, Collator, Row, encoded_rows
+from okd.meters import not_counted
+from okd.models import evaluating, response_rows
+from okd.teachers import as_it_was
 from okd_kernels import LinearHead, linear_distillation_loss
 
 STATISTICS = ("student_nll", "teacher_nll", "forward_kl", "reverse_kl", "top1_agreement")  # of the loss, per token
@@ -130,8 +131,15 @@ def divergence_metrics(
 
 def _means(tokens: torch.Tensor) -> dict[str, float]:  # (len(STATISTICS), n)
     mean = dict(zip(STATISTICS, tokens.mean(dim=1).tolist(), strict=True))
-    perplexity, teacher_perplexity = (math.exp(mean.pop(name)) for name in ("student_nll", "teacher_nll"))
+    perplexity, teacher_perplexity = (_exp(mean.pop(name)) for name in ("student_nll", "teacher_nll"))
     return {"perplexity": perplexity, "teacher_perplexity": teacher_perplexity, **mean}
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
 
 
 def token_statistics(
@@ -155,17 +163,20 @@ def token_statistics(
         )
     collate = Collator(pad_token_id)
     result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-    with evaluating(student, teacher), nullcontext() if teacher is None else base_teacher(teacher):
+    modules = [m for m in (student, teacher) if isinstance(m, torch.nn.Module)]
+    with evaluating(*modules), nullcontext() if teacher is None else as_it_was(teacher) as judge:
         student_head = _head(student, "student", rows)
-        teacher_head = student_head if teacher is None else _head(teacher, "teacher", rows)
+        teacher_head = student_head if judge is None else _head(judge, "teacher", rows)
         sizes = (len(student_head.weight), len(teacher_head.weight))
         vocab_size = min(sizes) if vocab_size is None else vocab_size
         items = list(enumerate(rows))
         for part in batches(items, lambda item: len(item[1]["input_ids"]), batch_size, "divergence", progress):
             indices, batch_rows = zip(*part, strict=True)
             batch = collate(batch_rows)
-            student_hidden = _response_hidden(student, batch)
-            teacher_hidden = student_hidden if teacher is None else _response_hidden(teacher, batch)
+            student_hidden = response_rows(student, _on(batch, student.device))
+            teacher_hidden = student_hidden
+            if judge is not None:
+                teacher_hidden = response_rows(judge, _on(batch, judge.device), as_teacher=True)
             targets = batch["targets"].to(student_hidden.device)
             hiddens_and_heads = (student_hidden, student_head, teacher_hidden, teacher_head)
             # compact: all rows are counted
@@ -189,7 +200,98 @@ def _head(model: PreTrainedModel, name: str, rows: Iterable[Row]) -> LinearHead:
     return head
 
 
-def _response_hidden(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
-    """(N, D) hidden states that predict response tokens."""
-    hidden = hidden_states(model, batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device))
-    return hidden.flatten(0, 1)[batch["positions"].to(hidden.device)]
+def _on(batch: Batch, device: torch.device) -> Batch:
+    moved: Any = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+    return moved
+
+
+class Evaluation:
+    """A trainer's evaluations, by the same route as the command's."""
+
+    accelerator: Any
+    args: Any
+    callback_handler: Any
+    control: Any
+    data_collator: Any
+    eval_dataset: Any
+    is_sharded: bool
+    log: Any
+    meters: Any
+    pair: Any
+    sampler: Any
+    state: Any
+    tokenizer: Any
+    _prepare_inputs: Any
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Divergences, perplexity and top-1 agreement on held-out rows, against the teacher as it was.
+
+        `eval_loss` is KL(p || q), whatever divergence trains, so that methods compare; without a teacher that judges
+        the NLL, with several ones the method's distillation loss. Of a mapping, each set under `eval_<name>_`. Raises
+        ValueError without rows, or under FSDP or ZeRO-3.
+        """
+        if self.is_sharded:
+            raise ValueError(
+                "expected whole models on each process to evaluate; got sharded ones: pass eval_strategy='no', and "
+                "give the saved student to okd evaluate"
+            )
+        rows: Any = self.eval_dataset if eval_dataset is None else encoded_rows(eval_dataset, self.tokenizer, self.args)
+        if rows is None:
+            raise ValueError("expected an eval_dataset; got None: pass one to OKDTrainer or to evaluate")
+        if isinstance(rows, Mapping):
+            metrics: dict[str, float] = {}
+            for name, part in rows.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        with not_counted(self.meters, self.sampler):
+            found = self.measured(rows)
+            if eval_dataset is None:  # not for other data that somebody else evaluates in between
+                self.sampler.on_evaluate(found["cross_entropy"])
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items() if name != "cross_entropy"}
+            self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measured(self, rows: Sequence[Row]) -> dict[str, float]:
+        """The metrics, without a prefix, `loss` among them; and the labels' `cross_entropy`."""
+        teacher = self.pair.teacher
+        with self.accelerator.autocast():
+            found = divergence_metrics(
+                self.pair.student,
+                teacher if teacher is not None and teacher.judges else None,
+                rows,
+                pad_token_id=self.tokenizer.pad_token_id,
+                batch_size=self.args.per_device_eval_batch_size,
+                vocab_size=self.args.vocab_size,
+                progress=not self.args.disable_tqdm,
+            )
+        nll = math.log(found["perplexity"]) if found["perplexity"] else 0.0
+        loss = found.get("forward_kl", nll)
+        if self.pair.method.takes_several:  # the KL to the first teacher is not what these students minimise
+            loss = self.held_out_means(rows)["distillation_loss"]
+        return {**found, "loss": loss, "cross_entropy": nll}
+
+    def held_out_means(self, rows: Sequence[Row], loss: Any = None) -> dict[str, float]:
+        """Means over the response tokens of held-out, encoded rows: the metrics of the method's loss, or another."""
+        size, tokens = self.args.per_device_eval_batch_size, 0
+        sums: dict[str, float] = {}
+        with evaluating(self.pair), self.accelerator.autocast():
+            for start in range(0, len(rows), size):
+                batch = self._prepare_inputs(self.data_collator(rows[start : start + size]))
+                for name, values in self.pair(batch, loss=loss).metrics.items():
+                    sums[name] = sums.get(name, 0.0) + values.double().sum().item()
+                tokens += len(batch["targets"])
+        return {name: value / max(tokens, 1) for name, value in sums.items()}
+
+    def held_out_batches(self) -> Any:
+        """Held-out batches, one after the other, for a reward that asks how good the student has become."""
+        rows: Any = self.eval_dataset
+        if not isinstance(rows, list) or not rows:
+            raise ValueError("expected an eval_dataset with selection_reward=dev, which is measured on it; got none")
+        size = self.args.per_device_eval_batch_size
+
+        def batch() -> Batch:
+            start = (self.pair.seed[1] * size) % len(rows)
+            return self._prepare_inputs(self.data_collator((rows + rows)[start : start + size]))
+
+        return batch

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from okd.answers import SAMPLED, Row, end_tokens, generate_responses, padding_token, prompt_and_reference, seeded
-from okd.data import IGNORE
+from okd.answers import SAMPLED, end_tokens, generate_responses, padding_token, prompt_and_reference, seeded
+from okd.data import IGNORE, Row
 from okd.evaluate import STATISTICS, token_statistics
-from okd.teachers import base_teacher
+from okd.teachers import as_it_was
 from okd_kernels import LinearHead
 
 
@@ -90,9 +90,7 @@ def exposure_bias(
         return total / len(asked)
 
     by_student = responses(student, heads[0])
-    with base_teacher(teacher):
-        # the base model itself, as PEFT's `generate` would go on to insert a prompt or a prefix that is switched off
-        base: Any = teacher.get_base_model() if hasattr(teacher, "get_base_model") else teacher  # type: ignore[operator]
+    with as_it_was(teacher) as base:
         by_teacher = responses(base, heads[1])
     own, given = errors(by_student), errors(by_teacher)
     metrics: dict[str, float | None] = {

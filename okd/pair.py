@@ -2,47 +2,48 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from okd.config import OKDConfig
-from okd.models import hidden_states
-from okd.objectives import LOSSES, Loss
-from okd.selection import SELECTIONS
+from okd.data import Batch
+from okd.models import response_rows
+from okd.objectives import Loss, Totals
+from okd.selection import Selection
 from okd_kernels import DistillationLoss, LinearHead, Objective, linear_distillation_loss
-
-Batch = Mapping[str, Tensor]  # input_ids and attention_mask (B, T), positions and targets (N,), student_written (B,)
 
 
 class StudentTeacher(nn.Module):
-    """Student and teacher, or teachers and what selects among them, as one module: forward is the loss of a batch.
+    """A student, its `Teacher` (None: it has none), and the method's loss: forward is the loss of a batch.
 
-    Only response tokens reach the heads: `positions`, found by the collator on the CPU, select the rows.
+    Only response tokens reach the heads: the collator has found their positions on the CPU.
 
     Attributes:
-        progress: share of the training that is done, 0 to 1, kept by the trainer for losses that follow a schedule.
+        seed: of the run, and the step: what is drawn hangs on these and on the rows' ids.
+        progress, progress_after: share of the training that is done before and after the step, 0 to 1.
         teacher_objective: L_t; None where the teacher is frozen, or does not learn at this step.
         student_learns: at this step; else its loss is a value without gradient.
+        selection: what weighs or selects among several teachers.
+        is_replicated: DDP wraps it, which wants a gradient of every parameter at every step.
     """
 
     accepts_loss_kwargs = True  # tells Trainer that the loss is divided by the tokens of the whole (accumulated) batch
 
-    def __init__(self, student: Any, teacher: Any | None, args: OKDConfig):
+    def __init__(self, student: Any, teacher: Any | None, options: Any):
         super().__init__()
-        self.student, self.teacher, self.args = student, teacher, args
-        self.student_objective: Objective = args.student_objective
-        self.teacher_objective: Objective | None = args.teacher_objective
-        self.loss = LOSSES[args.preset.loss]
-        self.progress = 0.0
-        self.student_learns = True
-        self.selection: nn.Module | None = None
-        if args.preset.selection is not None and teacher is not None:
+        method = options.resolved
+        self.student, self.teacher, self.options, self.method = student, teacher, options, method
+        self.student_objective: Objective = method.student
+        self.loss: Any = method.loss(options) if isinstance(method.loss, type) else method.loss
+        self.seed, self.progress, self.progress_after = (options.seed, 0), 0.0, 0.0
+        self.teacher_objective: Objective | None = method.teacher
+        self.student_learns, self.is_replicated = True, False
+        self.selection: Selection | None = None
+        if method.selection is not None and teacher is not None:
             width = student.config.get_text_config().hidden_size
-            self.selection = SELECTIONS[args.preset.selection](width, teacher.widths, args)
+            self.selection = method.selection(width, teacher.widths(), options)
 
     def at(self, step: int, max_steps: int) -> None:
         """Set who learns at a step of the training. Where they alternate, the student has the even steps.
@@ -50,40 +51,49 @@ class StudentTeacher(nn.Module):
         A side that does not learn has no gradient at all, rather than one of zero, by which AdamW's momentum would go
         on moving it.
         """
-        self.progress = step / max(1, max_steps)
-        online = self.args.online and self.progress >= self.args.online_start
-        teacher_turn = step % 2 == 1 if self.args.alternates else True
-        self.teacher_objective = self.args.teacher_objective if online and teacher_turn else None
-        self.student_learns = not (online and self.args.alternates and teacher_turn)
+        self.seed = self.options.seed, step
+        self.progress, self.progress_after = (x / max(1, max_steps) for x in (step, step + 1))
+        online = self.method.teacher is not None and self.progress >= self.options.online_start
+        alternating = self.method.alternating and online
+        self.teacher_objective = self.method.teacher if online and (step % 2 == 1 or not alternating) else None
+        self.student_learns = not (alternating and step % 2 == 1)
+        if self.method.teacher is not None and self.teacher is not None:
+            self.teacher.learning = self.teacher_objective is not None
+
+    def idle(self) -> list[nn.Parameter]:
+        """Trainable parameters of a side that does not learn at this step."""
+        sides = ((self.student, self.student_learns), (self.teacher, self.teacher_objective is not None))
+        return [p for m, learns in sides if m is not None and not learns for p in m.parameters() if p.requires_grad]
 
     def forward(
-        self, normalizer: Tensor | float | None = None, loss: Loss | None = None, **batch: Tensor
+        self,
+        batch: Batch,
+        totals: Totals | None = None,  # of the optimizer step; None: of this batch alone
+        loss: Loss | None = None,  # in place of the method's
     ) -> DistillationLoss:
-        """The loss of a batch; with `loss`, another one than the method's."""
-        return (loss or self.loss)(self, batch, normalizer)
+        result = (loss or self.loss)(self, batch, Totals.of([batch]) if totals is None else totals)
+        if self.is_replicated and torch.is_grad_enabled() and self.training and (idle := self.idle()):
+            return result._replace(student=_WithZeros.apply(result.student, *idle))
+        return result
 
     def student_rows(self, batch: Batch) -> Tensor:
         """(N, D) hidden states of the student that predict a response token."""
         with torch.set_grad_enabled(self.student_learns and torch.is_grad_enabled()):
-            return self._rows(self.student, batch)
+            return response_rows(self.student, batch)
 
     def student_head(self) -> LinearHead:
         """The student's head, cut from the graph where it does not learn."""
         head = LinearHead.from_model(self.student)
-        if self.student_learns:
-            return head
-        bias = None if head.bias is None else head.bias.detach()
-        lora = None if head.lora is None else (head.lora[0].detach(), head.lora[1].detach(), head.lora[2])
-        return dataclasses.replace(head, weight=head.weight.detach(), bias=bias, lora=lora)
+        return head if self.student_learns else head.detach()
 
     def teacher_rows(self, batch: Batch) -> Tensor:
-        """(N, D) of the teacher; with a graph only where it learns."""
-        with torch.set_grad_enabled(self.teacher_objective is not None and torch.is_grad_enabled()):
-            return self._rows(self.teacher, batch)
+        """(N, D) of the teacher of the moment; with a graph only where it learns."""
+        assert self.teacher is not None
+        return self.teacher.rows(batch)
 
-    @staticmethod
-    def _rows(model: Any, batch: Batch) -> Tensor:
-        return hidden_states(model, batch["input_ids"], batch["attention_mask"]).flatten(0, 1)[batch["positions"]]
+    def teacher_head(self) -> LinearHead:
+        assert self.teacher is not None
+        return self.teacher.head()
 
     def distil(
         self,
@@ -99,41 +109,53 @@ class StudentTeacher(nn.Module):
         defaults = {
             "student": self.student_objective,
             "teacher": self.teacher_objective,
-            "temperature": self.args.temperature,
-            "vocab_size": self.args.vocab_size,
+            "temperature": self.options.temperature,
+            "vocab_size": self.options.vocab_size,
             "compact": False,  # the rows are those with a target already: finding them anew would make the host wait
         }
         return linear_distillation_loss(
             student_hidden,
             self.student_head() if student_head is None else student_head,
             teacher_hidden,
-            LinearHead.from_model(self.teacher) if teacher_head is None else teacher_head,
+            self.teacher_head() if teacher_head is None else teacher_head,
             targets,
             normalizer=normalizer,
             **{**defaults, **options},
         )
 
-    def train(self, mode: bool = True) -> StudentTeacher:
-        """The teacher stays in evaluation mode but for its LoRA's dropout: any other would blur the target."""
-        super().train(mode)
+    def after_update(self, loss: float | None) -> dict[str, float]:
+        """Once after each optimizer step, with its loss where `remembers_loss`. What it returns is logged."""
+        if self.remembers_loss:
+            self.loss.after_update(self, loss)
         if self.teacher is not None:
-            self.teacher.eval()
-            for name, module in self.teacher.named_modules() if self.args.online else ():
-                # a layer asks its own flag whether to checkpoint
-                if "lora_dropout" in name or getattr(module, "gradient_checkpointing", False):
-                    module.training = mode
-        return self
+            self.teacher.after_update(self.student)
+        return {} if self.selection is None else self.selection.after_update(self)
+
+    @property
+    def remembers_loss(self) -> bool:
+        return hasattr(self.loss, "after_update")
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         self.student.gradient_checkpointing_enable(**options)
-        if self.teacher is not None and self.args.online:
+        if self.teacher is not None and self.teacher.learns:
             self.teacher.gradient_checkpointing_enable(**options)
-            for module in self.teacher.modules():  # `train` sets the flag that some layers' own dropout looks at
-                if getattr(module, "gradient_checkpointing", False):
-                    for name in [n for n, x in vars(module).items() if "drop" in n and isinstance(x, float)]:
-                        setattr(module, name, 0.0)
-            chosen = options.get("gradient_checkpointing_kwargs") or {}
-            if not chosen.get("use_reentrant", False):
-                # For reentrant checkpoints, transformers gives the embeddings' output a gradient. It would take the
-                # backward pass through every frozen layer below the first adapted one.
-                self.teacher.disable_input_require_grads()
+
+    def sides(self) -> dict[str, list[nn.Parameter]]:
+        """What trains, by side; what selects among teachers trains with the student."""
+        selection: Iterable[nn.Parameter] = () if self.selection is None else self.selection.parameters()
+        teacher: Iterable[nn.Parameter] = () if self.teacher is None else self.teacher.parameters()
+        parameters = {"student": [*self.student.parameters(), *selection], "teacher": list(teacher)}
+        return {side: [p for p in of_side if p.requires_grad] for side, of_side in parameters.items()}
+
+
+class _WithZeros(torch.autograd.Function):
+    """A value as it is, in whose graph stand parameters with a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        return upstream[0], *(torch.zeros_like(p) for p in ctx.saved_tensors)

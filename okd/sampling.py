@@ -1,11 +1,11 @@
-"""Who writes the responses of a training batch: one policy for each answer, named in `POLICIES`.
+"""Who writes the responses of a training batch: one policy for each answer.
 
-A policy gets the rows of a batch as the dataset has them and returns the rows to train on. Sampling is seeded by the
-run's seed, the step and the process, so that a resumed run draws what an uninterrupted one would.
+A policy gets the rows of a batch as the dataset has them and returns the rows to train on. What is drawn for a row
+hangs on the run's seed, the step and the row's id alone: not on the batch it is in, nor on the process; so a resumed
+run draws what an uninterrupted one would, and several processes what one would.
 
-A row is `{"id": str, "input_ids": list[int], "labels": list[int]}`, and `"student_written": True` where it is. A
-written row is its prompt, everything before the first response of the dataset's row, and one response: later turns of a
-chat, which answered other words, are dropped. It keeps its id. Rows of plain text, whose prompt is the first token at
+A written row is its prompt, everything before the first response of the dataset's row, and one response: later turns of
+a chat, which answered other words, are dropped. It keeps its id. Rows of plain text, whose prompt is the first token at
 most, and rows whose prompt leaves no room in max_length stay as the dataset has them.
 """
 
@@ -15,127 +15,334 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers.utils import logging
 
-from okd.answers import end_tokens, prompt_and_reference
-from okd.data import IGNORE, Collator
+from okd.answers import end_tokens, generate_responses, padding_token, prompt_and_reference
+from okd.data import BOTH, IGNORE, STUDENT, TEACHER, TEXT, Batch, Collator, Row, rows_of, seed_of, uniform
 from okd.decoding import Draw, write
+from okd.meters import ranks
 from okd.models import evaluating, position_limit
-from okd.teachers import base_teacher
+from okd.options import option, reads
 from okd_kernels import LinearHead
 
-if TYPE_CHECKING:
-    from okd.config import OKDConfig
-
-Row = dict[str, Any]
-SEED_STRIDE = 1_000_003  # between the seeds of two batches
-PHI_STEP, LOSS_RISE = 0.1, 0.1  # DistiLLM's: phi grows by the one when the held-out loss rises by the other
+PHI_STEP, LOSS_RISE = 0.1, 0.1  # DistiLLM's: phi grows by the one when the held-out loss has risen by the other
 logger = logging.get_logger(__name__)
+
+
+@dataclass
+class LengthOptions:
+    """Read by methods whose responses are not all the dataset's."""
+
+    max_new_tokens: int = option(
+        128, "longest response written, in tokens; with its prompt, at most max_length", least=1
+    )
+
+
+@dataclass
+class DrawOptions:
+    """Read by methods that sample from one model."""
+
+    sampling_temperature: float | None = option(
+        None, "temperature of sampled responses; default: 1, or as the method says", above=0
+    )
+    sampling_top_p: float | None = option(None, "nucleus of sampled responses; default: all", above=0, most=1)
+    sampling_top_k: int | None = option(None, "sample out of so many likeliest tokens; default, and 0: all", least=0)
+
+
+@dataclass
+class ShareOptions:
+    """Read by imitkd and gkd."""
+
+    student_share: float | None = option(
+        None, "share of batches that the student writes; default: as the method says", least=0, most=1
+    )
+
+
+@dataclass
+class MixtureOptions:
+    """Read by minillm."""
+
+    teacher_share: float | None = option(
+        None, "share of the teacher in the mixture that responses are sampled from; default: 0.2", least=0, most=0.999
+    )
+
+
+@dataclass
+class InterleavedOptions:
+    """Read by skd."""
+
+    skd_gamma: int = option(5, "tokens that the student drafts in a round", least=1)
+    skd_top_k: int = option(25, "the teacher replaces a draft that is not among its so many likeliest tokens", least=0)
+    skd_student_temperature: float = option(0.5, "temperature of the student's drafts", above=0)
+    skd_teacher_temperature: float = option(0.2, "temperature of the teacher's replacements", above=0)
+    skd_top_p: float = option(0.5, "nucleus of both", above=0, most=1)
+
+
+@dataclass
+class ReplayOptions:
+    """Read by distillm."""
+
+    replay_size: int = option(1000, "student-written rows that are kept for replay, on each process", least=1)
+
+
+@dataclass
+class KeptOptions:
+    """Read by methods that may keep what was written."""
+
+    generate: str | None = option(
+        None,
+        "when responses are written: step (anew for each batch), epoch (all at its start), or once (beam search by the "
+        "teacher, kept by example); default: as the method says",
+        choices=("step", "epoch", "once"),
+    )
+    num_beams: int = option(5, "beams of responses that are written once", least=1)
+
+
+class Kept:
+    """Responses by key, in memory and in JSON lines under the run's directory, one file for each process."""
+
+    def __init__(self, directory: Path, name: str, rank: int):
+        self.directory, self.file = directory, directory / f"{name}_{rank}.jsonl"
+        self.found: dict[str, list[int]] = {}
+        for path in sorted(directory.glob(f"{name}_*.jsonl")):
+            for line in path.read_text().splitlines():
+                try:
+                    self.found |= json.loads(line)
+                except ValueError:  # cut short where a run was killed: it is written anew
+                    continue
+
+    def put(self, responses: Mapping[str, list[int]], write: bool = True) -> None:
+        self.found |= responses
+        if write and responses:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as file:
+                file.writelines(json.dumps({key: ids}) + "\n" for key, ids in responses.items())
 
 
 class Sampler:
     """Rewrites batches by the method's policy, and keeps what the policy must remember.
 
     Attributes:
-        state: what the policy remembers, JSON: it is saved with each checkpoint.
-        coin: uniform on [0, 1) for each batch, the same on all processes: those that wait for one another at the
+        state: what the policy remembers, JSON: it is saved with each checkpoint, for each process.
+        coin: uniform on [0, 1) for each step, the same on all processes: those that wait for one another at the
             backward pass all generate, or none.
         since: when the interval began that the next log entry is about; later by what an evaluation took.
-        generator: of what is drawn for the batch at hand, on the CPU whatever the models' device; one for each process.
+        texts: rows of a second data set, of which each batch gets as many as it has rows (MiniLLM).
     """
 
-    def __init__(self, args: OKDConfig, pair: Any, tokenizer: Any):
-        self.args, self.pair, self.tokenizer = args, pair, tokenizer
-        self.policy = POLICIES[args.preset.sequences]
+    def __init__(self, options: Any, pair: Any, tokenizer: Any, rows: Sequence[Row] = (), texts: Sequence[Row] = ()):
+        self.options, self.pair, self.tokenizer = options, pair, tokenizer
+        self.method = options.resolved
+        self.rows, self.texts = rows, texts
         self.collate = Collator(tokenizer.pad_token_id)
         self.state: dict[str, Any] = {}
-        self.coin, self.generator = 0.0, torch.Generator()
+        self.coin, self.step, self.epoch = 0.0, 0, 0
+        self.kept: dict[str, Kept] = {}
         self._sums: dict[str, float] = {}
         self.since = time.perf_counter()
-        if self.policy is replay:
-            self.state = {"phi": 0.0, "previous": None, "buffer": []}
-            if args.eval_strategy == "no":
+        if self.method.responses is replay:
+            self.state = {"phi": 0.0, "reference": None, "buffer": []}
+            if options.eval_strategy == "no":
                 logger.warning(
-                    f"{args.method} lets the student write once the held-out loss rises; got eval_strategy=no, with "
-                    "which every batch will be the dataset's: set eval_strategy=steps and eval_steps"
+                    f"{self.method.name} lets the student write once the held-out loss rises; got eval_strategy=no, "
+                    "with which every batch will be the dataset's: set eval_strategy=steps and eval_steps"
                 )
 
-    def __call__(self, batches: Sequence[Mapping[str, Any]], step: int) -> list[dict[str, Any]]:
+    @property
+    def is_idle(self) -> bool:
+        """Every batch is the dataset's."""
+        return self.method.responses is dataset and not self.texts
+
+    def __call__(self, batches: Sequence[Batch], step: int) -> list[Batch]:
         """The batches of one optimizer step, written by whom the policy chooses; on the device of the old ones."""
         result = []
+        self.step, self.coin = step, uniform(self.options.seed, step)
         for i, batch in enumerate(batches):
-            device = batch["input_ids"].device
-            started = time.perf_counter()
-            seed = self.args.seed + (step * self.args.gradient_accumulation_steps + i) * SEED_STRIDE
-            self.coin = torch.rand((), generator=self.generator.manual_seed(2 * seed)).item()
-            self.generator.manual_seed(2 * (seed * 4096 + self.args.process_index) + 1)
-            rows = self.policy(self, rows_of(batch))
+            device, started = batch["input_ids"].device, time.perf_counter()
+            rows = self.method.responses(self, rows_of(batch))
             self.note(generating_seconds=time.perf_counter() - started, rows=len(rows))
-            self.note(student_written_rows=sum(bool(row.get("student_written")) for row in rows))
-            collated = self.collate(rows)
+            self.note(student_written_rows=sum(row.get("writer") == STUDENT for row in rows))
+            if self.texts:
+                place = (step * self.options.gradient_accumulation_steps + i) * ranks() + self.options.process_index
+                rows = rows + self._texts(place * len(batch["ids"]), len(batch["ids"]))
+            collated: Any = self.collate(rows)
             result.append({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in collated.items()})
         return result
 
-    def respond(self, rows: Sequence[Row], writer: str = "student") -> list[Row]:
-        """The rows with responses of the writer: "student", "teacher", or "both" by interleaved sampling (SKD).
+    def _texts(self, first: int, n: int) -> list[Row]:
+        """Rows first, ..., first + n - 1 of the second data set, in an order of its own in each pass."""
+        chosen = []
+        for i in range(first, first + n):
+            turn, place = divmod(i, len(self.texts))
+            order = torch.Generator().manual_seed(seed_of(self.options.seed, "texts", turn))
+            at = int(torch.randperm(len(self.texts), generator=order)[place])
+            chosen.append(Row(**{**self.texts[at], "writer": TEXT}))  # type: ignore[typeddict-item]
+        return chosen
 
-        "teacher" is the teacher as it was before an online module of this run. That module moves towards the student,
-        so the teacher's own later words, taken as labels, would teach both what the student says already. As a judge
-        ("both") it is the teacher of the moment, whose distribution is the loss's target too.
+    # --- writing
+
+    def respond(self, rows: Sequence[Row], writer: str = STUDENT, share: float = 0.0) -> list[Row]:
+        """The rows with responses of the writer: the student (in a mixture with the teacher, where that has a share),
+        the teacher, or both by interleaved sampling (SKD).
+
+        The teacher that writes is the one before an online module of this run. That module moves towards the student,
+        so the teacher's own later words, taken as labels, would teach both what the student says already. As a judge,
+        or in a mixture, it is the teacher of the moment, whose distribution is the loss's target too.
         """
-        args, student, teacher = self.args, self.pair.student, self.pair.teacher
-        prompts = [prompt_and_reference(row)[0] for row in rows]
-        limits = [min(args.max_new_tokens, self._max_length() - len(prompt)) for prompt in prompts]
-        asked = [i for i, prompt in enumerate(prompts) if len(prompt) > 1 and limits[i] > 0]
-        if not asked:
-            return list(rows)
-        options: dict[str, Any] = {"draw": Draw(args.sampling_temperature, args.sampling_top_p, args.sampling_top_k)}
-        if writer == "both":
-            options = {
-                "draw": Draw(args.skd_student_temperature, args.skd_top_p),
-                "teacher": teacher,
-                "teacher_draw": Draw(args.skd_teacher_temperature, args.skd_top_p),
-                "gamma": args.skd_gamma,
-                "top_k": args.skd_top_k,
-            }
-        before_module = writer == "teacher" and args.online
-        author: Any = teacher if writer == "teacher" else student
-        if before_module:  # a prompt or prefix that is off must not be looked for
-            author = author.get_base_model()
-        with evaluating(student, teacher), base_teacher(teacher) if before_module else nullcontext():
-            written = write(
-                author,
-                [prompts[i] for i in asked],
-                [limits[i] for i in asked],
-                ends=end_tokens(self.tokenizer, student, teacher),
-                vocab_size=self._vocab_size(),
-                generator=self.generator,
-                **options,
-            )
-        self.note(generated_tokens=written.tokens)
-        if writer == "both":
-            self.note(accepted=written.accepted, judged=written.tokens)
+        asked = self._answerable(rows, writer)
+        if self.method.generate == "step":
+            responses = self._write([asked[i] for i in asked], [rows[i]["id"] for i in asked], writer, share)
+        else:
+            responses = self._looked_up([asked[i] for i in asked], [rows[i]["id"] for i in asked], writer)
         result = list(rows)
-        for i, response in zip(asked, written.responses, strict=True):
-            labels = [IGNORE] * len(prompts[i]) + response
-            result[i] = {"id": rows[i]["id"], "input_ids": prompts[i] + response, "labels": labels}
-            if writer == "student":
-                result[i]["student_written"] = True
+        for i, response in zip(asked, responses, strict=True):
+            prompt, _ = prompt_and_reference(rows[i])
+            labels = [IGNORE] * len(prompt) + response
+            result[i] = Row(id=rows[i]["id"], input_ids=prompt + response, labels=labels, writer=writer)
+            for name in ("teacher", "teacher_prompt"):
+                if name in rows[i]:
+                    result[i][name] = rows[i][name]  # type: ignore[literal-required]
         return result
 
-    def _max_length(self) -> int:
-        """Tokens of the longest row that both models have positions for."""
-        known = [position_limit(model) for model in (self.pair.student, self.pair.teacher)]
-        return min([self.args.max_length, *(length for length in known if length is not None)])
+    def _answerable(self, rows: Sequence[Row], writer: str) -> dict[int, list[int]]:
+        """Index and prompt of the rows whose prompt asks for something, and leaves room for it."""
+        found = {}
+        for i, row in enumerate(rows):
+            prompt, _ = prompt_and_reference(row)
+            read = row.get("teacher_prompt", prompt) if writer == TEACHER else prompt
+            if len(prompt) > 1 and self._limit(prompt) > 0 and self._limit(read) > 0:
+                found[i] = read
+        return found
+
+    def _limit(self, prompt: Sequence[int]) -> int:
+        """Longest response to the prompt, in tokens, that the data's limit and both models have positions for."""
+        models = [self.pair.student, None if self.pair.teacher is None else self.pair.teacher.model]
+        known = [length for length in map(position_limit, models) if length is not None]
+        return min(self.options.max_new_tokens, min([self.options.max_length, *known]) - len(prompt))
+
+    def _write(self, prompts: list[list[int]], names: list[str], writer: str, share: float = 0.0) -> list[list[int]]:
+        if not prompts:
+            return []
+        options, student, teacher = self.options, self.pair.student, self.pair.teacher
+        chosen: dict[str, Any] = {"draw": self.method.draw}
+        if share:
+            chosen |= {"teacher": teacher.model, "share": share}
+        if writer == BOTH:
+            chosen = {
+                "draw": Draw(options.skd_student_temperature, options.skd_top_p),
+                "teacher": teacher.model,
+                "teacher_draw": Draw(options.skd_teacher_temperature, options.skd_top_p),
+                "gamma": options.skd_gamma,
+                "top_k": options.skd_top_k,
+            }
+        models = [student, None if teacher is None else teacher.model]
+        with evaluating(*models), self._author(writer) as author:
+            written = write(
+                author,
+                prompts,
+                [self._limit(prompt) for prompt in prompts],
+                ends=end_tokens(self.tokenizer, *models),
+                vocab_size=self._vocab_size(),
+                seeds=[seed_of(options.seed, self.step, name, writer) for name in names],
+                **chosen,
+            )
+        self.note(generated_tokens=written.tokens)
+        if writer == BOTH:
+            self.note(accepted=written.accepted, judged=written.tokens)
+        return written.responses
+
+    def _author(self, writer: str) -> Any:
+        if writer != TEACHER:
+            return nullcontext(self.pair.student)
+        teacher = self.pair.teacher  # a self-teacher keeps nothing of what it was: it writes as it is
+        return teacher.as_it_was() if teacher.judges else nullcontext(teacher.model)
 
     def _vocab_size(self) -> int:
         """Ids that both models know: one written by one of them is read by the other."""
-        heads = [LinearHead.from_model(m) for m in (self.pair.student, self.pair.teacher) if m is not None]
-        return min([len(head.weight) for head in heads] + [self.args.vocab_size or len(heads[0].weight)])
+        heads = [LinearHead.from_model(self.pair.student)]
+        if self.pair.teacher is not None:
+            heads.append(self.pair.teacher.head())
+        return min([len(head.weight) for head in heads] + [self.options.vocab_size or len(heads[0].weight)])
+
+    # --- responses that are kept
+
+    def _looked_up(self, prompts: list[list[int]], names: list[str], writer: str) -> list[list[int]]:
+        """Kept responses; what is missing is written, and kept."""
+        kept = self._kept(writer)
+        keys = [self._key(prompt) for prompt in prompts]
+        missing = {key: (p, name) for key, p, name in zip(keys, prompts, names, strict=True) if key not in kept.found}
+        if missing:
+            new_prompts, new_names = ([x[i] for x in missing.values()] for i in (0, 1))
+            once = self.method.generate == "once"
+            found = self._beams(new_prompts) if once else self._write(new_prompts, new_names, writer)
+            kept.put(dict(zip(missing, found, strict=True)))
+        return [kept.found[key] for key in keys]
+
+    def _kept(self, writer: str) -> Kept:
+        name = f"{writer}_{self.epoch}" if writer == STUDENT else writer
+        if name not in self.kept:
+            for old in [other for other in self.kept if other.startswith(f"{STUDENT}_") and writer == STUDENT]:
+                del self.kept[old]
+            directory = Path(str(self.options.output_dir)) / "responses"
+            self.kept[name] = Kept(directory, name, self.options.process_index)
+        return self.kept[name]
+
+    def _key(self, prompt: Sequence[int]) -> str:
+        """Of a prompt as it is answered by this run's models, options and seed."""
+        options, teacher = self.options, self.pair.teacher
+        head = teacher.head().weight if teacher.judges else torch.zeros(1, 1)
+        of_teacher = [round(x, 4) for x in head[:2, :8].flatten().tolist()]
+        how = (options.seed, options.max_new_tokens, options.num_beams, self.method.draw, self.method.generate)
+        return f"{seed_of(*prompt, *of_teacher, *how):x}"
+
+    def _beams(self, prompts: list[list[int]]) -> list[list[int]]:
+        """The teacher's most probable responses, by beam search (sequence-level KD, arXiv 1606.07947)."""
+        with self._author(TEACHER) as author:
+            size = len(LinearHead.from_model(author).weight)
+            responses = [
+                generate_responses(
+                    author,
+                    [prompt],
+                    ends=end_tokens(self.tokenizer, self.pair.student, author),
+                    pad_token_id=padding_token(self.tokenizer),
+                    max_new_tokens=self._limit(prompt),
+                    batch_size=1,
+                    progress=False,
+                    num_beams=self.options.num_beams,
+                    suppress_tokens=list(range(self._vocab_size(), size)) or None,
+                )[0]
+                for prompt in prompts
+            ]
+        self.note(generated_tokens=sum(map(len, responses)))
+        return responses
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Write what the epoch will read, each process a share of it: the student's responses, and, where they are
+        missing, the teacher's."""
+        self.epoch, self.step = epoch, epoch
+        if self.method.generate != "epoch":
+            return
+        started, size = time.perf_counter(), self.options.per_device_eval_batch_size
+        for writer in (TEACHER, STUDENT) if self.method.responses is paired else (TEACHER,):
+            kept, asked = self._kept(writer), self._answerable(self.rows, writer)
+            missing = [i for i in asked if self._key(asked[i]) not in kept.found]
+            own = sorted(missing[self.options.process_index :: ranks()], key=lambda i: len(asked[i]))
+            for start in range(0, len(own), size):
+                part = own[start : start + size]
+                written = self._write([asked[i] for i in part], [self.rows[i]["id"] for i in part], writer)
+                kept.put({self._key(asked[i]): ids for i, ids in zip(part, written, strict=True)})
+            if ranks() > 1:
+                for found in gather_object([kept.found]):
+                    kept.put(found, write=False)
+        self.note(generating_seconds=time.perf_counter() - started)
+
+    # --- the log, and what is remembered
 
     def note(self, **values: float) -> None:
         """Add to the sums behind the next log entry."""
@@ -143,30 +350,40 @@ class Sampler:
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def logs(self) -> dict[str, float]:
-        """What happened since the last call.
+        """What happened since the last call, on all processes.
 
         `generating_share` of the time; `generated_tokens_per_second` of generating; `student_written_share` of the
         rows, replayed ones too; SKD's `acceptance_rate`, the share of tokens that the student wrote; DistiLLM's `phi`.
         """
-        sums = self._sums
-        seconds = sums.pop("generating_seconds", 0.0)
+        of_ranks = gather_object([self._sums]) if ranks() > 1 else [self._sums]
+        sums = {name: sum(x.get(name, 0.0) for x in of_ranks) for x in of_ranks for name in x}
+        seconds = sums.get("generating_seconds", 0.0) / len(of_ranks)
         logs = {"generating_share": seconds / (time.perf_counter() - self.since)}
-        if seconds:
-            logs["generated_tokens_per_second"] = sums.pop("generated_tokens", 0.0) / seconds
-            logs["student_written_share"] = sums.pop("student_written_rows") / sums.pop("rows")
+        if seconds and "rows" in sums:
+            logs["generated_tokens_per_second"] = sums.get("generated_tokens", 0.0) / seconds
+            logs["student_written_share"] = sums["student_written_rows"] / sums["rows"]
         if "judged" in sums:
-            logs["acceptance_rate"] = sums.pop("accepted") / sums.pop("judged")
+            logs["acceptance_rate"] = sums["accepted"] / sums["judged"]
         if "phi" in self.state:
             logs |= {"phi": self.state["phi"], "replay_rows": len(self.state["buffer"])}
         self._sums, self.since = {}, time.perf_counter()
-        return logs | sums
+        return logs
+
+    @property
+    def wants_reference(self) -> bool:
+        """The policy compares held-out losses with one from before the training, which has not been measured."""
+        return "reference" in self.state and self.state["reference"] is None
 
     def on_evaluate(self, loss: float) -> None:
-        """The held-out loss, for policies that adapt to it: DistiLLM's phi grows when it rises between evaluations."""
-        if self.policy is replay:
-            previous, self.state["previous"] = self.state["previous"], loss
-            if previous is not None and loss >= previous + LOSS_RISE:
-                self.state["phi"] = min(self.state["phi"] + PHI_STEP, 1.0)
+        """The cross-entropy of the held-out labels, for policies that adapt to it.
+
+        DistiLLM's phi grows, and only then the reference moves, where it has risen by LOSS_RISE above that; the first
+        one, before the training, is the reference (its released code).
+        """
+        if self.wants_reference:
+            self.state["reference"] = loss
+        elif "reference" in self.state and loss >= self.state["reference"] + LOSS_RISE:
+            self.state |= {"phi": min(self.state["phi"] + PHI_STEP, 1.0), "reference": loss}
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.state))
@@ -180,11 +397,9 @@ class Sampler:
         self.state = json.loads(path.read_text())
 
 
-def rows_of(batch: Mapping[str, Any]) -> list[Row]:
-    """The rows that `okd.data.Collator` made a batch of."""
-    lengths = batch["attention_mask"].sum(1).tolist()
-    columns = zip(batch["ids"], batch["input_ids"].tolist(), batch["labels"].tolist(), lengths, strict=True)
-    return [{"id": name, "input_ids": ids[:n], "labels": labels[:n]} for name, ids, labels, n in columns]
+# --- the policies
+
+Policy = Callable[[Sampler, list[Row]], list[Row]]
 
 
 def dataset(sampler: Sampler, rows: list[Row]) -> list[Row]:
@@ -192,31 +407,42 @@ def dataset(sampler: Sampler, rows: list[Row]) -> list[Row]:
     return rows
 
 
+@reads(LengthOptions, DrawOptions, ShareOptions)
 def student(sampler: Sampler, rows: list[Row]) -> list[Row]:
-    """With probability `student_share` the student writes the batch (ImitKD, GKD; MiniLLM: always)."""
-    share = sampler.args.preset.student_share if sampler.args.student_share is None else sampler.args.student_share
-    return sampler.respond(rows) if sampler.coin < share else rows
+    """At a share of the steps the student writes the batch (ImitKD, GKD)."""
+    return sampler.respond(rows) if sampler.coin < sampler.method.student_share else rows
 
 
+@reads(LengthOptions, MixtureOptions)
+def mixture(sampler: Sampler, rows: list[Row]) -> list[Row]:
+    """The student writes, each token drawn from (1 - a) q + a p (MiniLLM); at temperature 1 and without any cut, which
+    its importance weights would not know of."""
+    return sampler.respond(rows, share=sampler.method.teacher_share)
+
+
+@reads(LengthOptions, DrawOptions, KeptOptions)
 def teacher(sampler: Sampler, rows: list[Row]) -> list[Row]:
-    """The teacher's responses (SeqKD), anew for each batch."""
-    return sampler.respond(rows, "teacher")
+    """The teacher's responses (SeqKD): by beam search once for each example, or sampled anew for each batch."""
+    return sampler.respond(rows, TEACHER)
 
 
+@reads(LengthOptions, InterleavedOptions)
 def interleaved(sampler: Sampler, rows: list[Row]) -> list[Row]:
     """The student's drafts, mended by the teacher (SKD, arXiv 2410.11325)."""
-    return sampler.respond(rows, "both")
+    return sampler.respond(rows, BOTH)
 
 
+@reads(LengthOptions, DrawOptions, KeptOptions)
 def paired(sampler: Sampler, rows: list[Row]) -> list[Row]:
     """Twice the rows: the teacher's responses, then the student's to the same prompts (DistiLLM-2, arXiv 2503.07067).
 
     A row without a prompt comes once, as the dataset has it.
     """
-    students = [row for row in sampler.respond(rows) if row.get("student_written")]
-    return sampler.respond(rows, "teacher") + students
+    students = [row for row in sampler.respond(rows) if row.get("writer") == STUDENT]
+    return sampler.respond(rows, TEACHER) + students
 
 
+@reads(LengthOptions, DrawOptions, ReplayOptions)
 def replay(sampler: Sampler, rows: list[Row]) -> list[Row]:
     """The dataset's, the student's or replayed rows, by DistiLLM's adaptive off-policy schedule (arXiv 2402.03898).
 
@@ -224,18 +450,14 @@ def replay(sampler: Sampler, rows: list[Row]) -> list[Row]:
     which the oldest leave. Else u < phi: as many rows of the buffer, drawn without replacement. Else the dataset's.
     Each process has its own buffer.
     """
-    phi, buffer, size = sampler.state["phi"], sampler.state["buffer"], sampler.args.replay_size
+    phi, buffer, size = sampler.state["phi"], sampler.state["buffer"], sampler.options.replay_size
     if sampler.coin >= phi:
         return rows
     if sampler.coin < phi * (1 - sampler.pair.progress) or len(buffer) < size:
         written = sampler.respond(rows)
-        buffer += [row for row in written if row.get("student_written")]
+        buffer += [row for row in written if row.get("writer") == STUDENT]
         del buffer[:-size]
         return written
-    drawn = torch.randperm(len(buffer), generator=sampler.generator)[: len(rows)]
-    return [buffer[i] for i in drawn.tolist()]
-
-
-POLICIES: Mapping[str, Callable[[Sampler, list[Row]], list[Row]]] = {
-    policy.__name__: policy for policy in (dataset, student, teacher, interleaved, paired, replay)
-}
+    names = [row["id"] for row in rows]
+    draws = torch.Generator().manual_seed(seed_of(sampler.options.seed, sampler.step, *names))
+    return [buffer[i] for i in torch.randperm(len(buffer), generator=draws)[: len(rows)].tolist()]

@@ -1,8 +1,8 @@
 """Divergences between a distribution that learns and one that is held still.
 
 Everything a divergence is to this library is one entry of `DIVERGENCES`: its pointwise term `l` and the slope
-`g = dl / d(log q)`, once in PyTorch and once in Triton. Chunks, padding, log-sum-exps, GEMMs, autograd and the
-question which model plays which part are written elsewhere, once for all of them.
+`g = dl / d(log q)`. The formula is written once: PyTorch runs it, and Triton compiles it. Chunks, padding,
+log-sum-exps, GEMMs, autograd and the question which model plays which part are written elsewhere, once for all of them.
 
 Notation: `q` is the *learner* (the model that receives the gradient), `p` the *target* (held still).
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 import torch
@@ -35,147 +35,129 @@ except ImportError:  # macOS, Windows: the torch backend needs no rules
         return None
 
 
-Terms = tuple[Tensor, Tensor]  # the pointwise term l, and its slope g
+Terms = tuple[Any, Any]  # the pointwise term l, and its slope g
 TINY = 1e-37  # floor of a mixture before its logarithm: above fp32's smallest normal number
 
 
+# --- What formulas call: in Triton these, in PyTorch those of `_IN_PYTORCH`
 @jit
 def exp(x):
     """e^x as 2^(x log2 e): two instructions. `tl.exp` spends three more on results below 1e-38, which are 0 here."""
     return tl.exp2(x * 1.4426950408889634)
 
 
-# --- forward KL, KL(p || q)
-def _forward_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
-    return p * (log_p - log_q) - p + q, q - p
-
-
 @jit
-def _forward_kl_rule(log_q, log_p, q, p, alpha, beta):
-    return p * (log_p - log_q) - p + q, q - p
-
-
-# --- reverse KL, KL(q || p)
-def _reverse_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
-    g = q * (log_q - log_p)
-    return g - q + p, g
-
-
-@jit
-def _reverse_kl_rule(log_q, log_p, q, p, alpha, beta):
-    g = q * (log_q - log_p)
-    return g - q + p, g
-
-
-# --- skew KL, KL(p || m), m = alpha p + (1 - alpha) q  (DistiLLM, arXiv 2402.03898, Eq. 3)
-def _skew_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
-    m = (alpha * p + (1 - alpha) * q).clamp_min(TINY)
-    return p * (log_p - m.log()) - p + m, (1 - alpha) * q * (1 - p / m)
-
-
-@jit
-def _skew_kl_rule(log_q, log_p, q, p, alpha, beta):
-    m = tl.maximum(alpha * p + (1 - alpha) * q, 1e-37)
-    return p * (log_p - tl.log(m)) - p + m, (1 - alpha) * q * (1 - p / m)
-
-
-# --- skew reverse KL, KL(q || m), m = (1 - alpha) p + alpha q  (DistiLLM, Eq. 4)
-def _skew_reverse_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
-    m = ((1 - alpha) * p + alpha * q).clamp_min(TINY)
-    g = q * (log_q - m.log())
-    return g - q + m, g + alpha * q * (1 - q / m)
-
-
-@jit
-def _skew_reverse_kl_rule(log_q, log_p, q, p, alpha, beta):
-    m = tl.maximum((1 - alpha) * p + alpha * q, 1e-37)
-    g = q * (log_q - tl.log(m))
-    return g - q + m, g + alpha * q * (1 - q / m)
-
-
-# --- the same number with the q in m held still: the gradient of KL(q || m), m constant  (DistiLLM-2, 2503.07067)
-def _skew_reverse_kl_detached(log_q, log_p, q, p, alpha, beta) -> Terms:
-    m = ((1 - alpha) * p + alpha * q.detach()).clamp_min(TINY)
-    g = q * (log_q - m.log())
-    return g - q + m, g
-
-
-@jit
-def _skew_reverse_kl_detached_rule(log_q, log_p, q, p, alpha, beta):
-    m = tl.maximum((1 - alpha) * p + alpha * q, 1e-37)
-    g = q * (log_q - tl.log(m))
-    return g - q + m, g
-
-
-# --- generalised JSD, beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q  (GKD, 2306.13649, Eq. 1)
-def _jsd(log_q, log_p, q, p, alpha, beta) -> Terms:
-    log_m = (beta * p + (1 - beta) * q).clamp_min(TINY).log()
-    g = (1 - beta) * q * (log_q - log_m)
-    return g + beta * p * (log_p - log_m), g
-
-
-@jit
-def _jsd_rule(log_q, log_p, q, p, alpha, beta):
-    log_m = tl.log(tl.maximum(beta * p + (1 - beta) * q, 1e-37))
-    g = (1 - beta) * q * (log_q - log_m)
-    return g + beta * p * (log_p - log_m), g
-
-
-# --- total variation, sum |p - q| / 2
-def _tvd(log_q, log_p, q, p, alpha, beta) -> Terms:
-    difference = q - p
-    return 0.5 * difference.abs(), 0.5 * q * difference.sign()
-
-
-@jit
-def _tvd_rule(log_q, log_p, q, p, alpha, beta):
-    sign = tl.where(q > p, 1.0, 0.0) - tl.where(q < p, 1.0, 0.0)
-    return 0.5 * tl.abs(q - p), 0.5 * q * sign
-
-
-# --- alpha-beta divergence  (ABKD, arXiv 2505.04560; Cichocki et al. 2011, Eq. 20) -----------------------------------
-# Relative to the larger of p and q, as exp(x) - 1: the textbook's powers cancel where p and q are close.
-
-
-def _alpha_beta(log_q, log_p, q, p, alpha, beta) -> Terms:
-    top = torch.maximum(log_q, log_p)
-    to_q, to_p = log_q - top, log_p - top
-    scale = ((alpha + beta) * top).exp()
-    q_term, mixed = torch.expm1((alpha + beta) * to_q), torch.expm1(alpha * to_p + beta * to_q)
-    l = (alpha * torch.expm1((alpha + beta) * to_p) + beta * q_term) / (alpha + beta) - mixed
-    return scale * l / (alpha * beta), scale * (q_term - mixed) / alpha
-
-
-@jit
-def _expm1(x):
+def expm1(x):
     series = 1 / 120 + x * (1 / 720 + x * (1 / 5040 + x * (1 / 40320)))
     series = x + x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * series)))
     return tl.where(tl.abs(x) < 0.5, series, exp(x) - 1)
 
 
 @jit
-def _alpha_beta_rule(log_q, log_p, q, p, alpha, beta):
-    top = tl.maximum(log_q, log_p)
+def log(x):
+    return tl.log(x)
+
+
+@jit
+def positive(x):
+    return tl.maximum(x, 1e-37)
+
+
+@jit
+def larger(x, y):
+    return tl.maximum(x, y)
+
+
+@jit
+def sign(x):
+    return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
+
+
+@jit
+def still(x):
+    return x
+
+
+_IN_PYTORCH = {
+    "exp": torch.exp,
+    "expm1": torch.expm1,
+    "log": torch.log,
+    "positive": lambda x: x.clamp_min(TINY),
+    "larger": torch.maximum,
+    "sign": torch.sign,
+    "still": Tensor.detach,
+}
+
+
+# --- The formulas, (log_q, log_p, q, p, alpha, beta) -> (l, g), elementwise
+def _forward_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
+    """KL(p || q)"""
+    return p * (log_p - log_q) - p + q, q - p
+
+
+def _reverse_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
+    """KL(q || p)"""
+    g = q * (log_q - log_p)
+    return g - q + p, g
+
+
+def _skew_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
+    """KL(p || m), m = alpha p + (1 - alpha) q  (DistiLLM, arXiv 2402.03898, Eq. 3)"""
+    m = positive(alpha * p + (1 - alpha) * q)
+    return p * (log_p - log(m)) - p + m, (1 - alpha) * q * (1 - p / m)
+
+
+def _skew_reverse_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
+    """KL(q || m), m = (1 - alpha) p + alpha q  (DistiLLM, Eq. 4)"""
+    m = positive((1 - alpha) * p + alpha * q)
+    g = q * (log_q - log(m))
+    return g - q + m, g + alpha * q * (1 - q / m)
+
+
+def _skew_reverse_kl_detached(log_q, log_p, q, p, alpha, beta) -> Terms:
+    """The same number with the q in m held still: the gradient of KL(q || m), m constant  (DistiLLM-2, 2503.07067)"""
+    m = positive((1 - alpha) * p + alpha * still(q))
+    g = q * (log_q - log(m))
+    return g - q + m, g
+
+
+def _jsd(log_q, log_p, q, p, alpha, beta) -> Terms:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q  (GKD, arXiv 2306.13649, Eq. 1)"""
+    log_m = log(positive(beta * p + (1 - beta) * q))
+    g = (1 - beta) * q * (log_q - log_m)
+    return g + beta * p * (log_p - log_m), g
+
+
+def _tvd(log_q, log_p, q, p, alpha, beta) -> Terms:
+    """Total variation, sum |p - q| / 2"""
+    signs = sign(q - p)
+    return 0.5 * signs * (q - p), 0.5 * q * signs
+
+
+def _alpha_beta(log_q, log_p, q, p, alpha, beta) -> Terms:
+    """ABKD (arXiv 2505.04560; Cichocki et al. 2011, Eq. 20). Relative to the larger of p and q, as exp(x) - 1: the
+    textbook's powers cancel where p and q are close."""
+    top = larger(log_q, log_p)
     to_q = log_q - top
     to_p = log_p - top
     scale = exp((alpha + beta) * top)
-    q_term = _expm1((alpha + beta) * to_q)
-    mixed = _expm1(alpha * to_p + beta * to_q)
+    q_term = expm1((alpha + beta) * to_q)
+    mixed = expm1(alpha * to_p + beta * to_q)
     # Reciprocals of scalars: one division for all elements.
-    l = (alpha * _expm1((alpha + beta) * to_p) + beta * q_term) * (1 / (alpha + beta)) - mixed
+    l = (alpha * expm1((alpha + beta) * to_p) + beta * q_term) * (1 / (alpha + beta)) - mixed
     return scale * l * (1 / (alpha * beta)), scale * (q_term - mixed) * (1 / alpha)
 
 
 # --- the table
 @dataclass(frozen=True)
 class Divergence:
-    """One divergence: pointwise term and slope, in PyTorch and in Triton.
+    """One divergence: its pointwise term and slope.
 
     Attributes:
         name: its key in `DIVERGENCES`.
         definition: the formula, for documentation.
-        formula: PyTorch, `(log_q, log_p, q, p, alpha, beta) -> (l, g)`, elementwise, any floating dtype.
-        rule: the same in Triton; `None` where Triton is not installed.
+        formula: `(log_q, log_p, q, p, alpha, beta) -> (l, g)`, elementwise: of tensors of any floating dtype.
+        rule: the same for Triton; `None` where Triton is not installed.
         dual: `(alpha, beta) -> Objective`: the same number, seen by the other side. That of a divergence which holds a
             part of its learner still has no such part: its own dual is the one that differentiates all of it.
         parameters: name -> default, names out of `alpha` and `beta`.
@@ -187,36 +169,27 @@ class Divergence:
     name: str
     definition: str
     formula: Callable[..., Terms]
-    rule: Any
     dual: Callable[[float, float], Objective]
     parameters: Mapping[str, float] = field(default_factory=dict)
     limits: tuple[tuple[tuple[float, ...], str], ...] = ()
     slope_sum: str | None = None
+    rule: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        written = self.formula
+        assert isinstance(written, FunctionType)
+        object.__setattr__(self, "rule", jit(written))
+        object.__setattr__(self, "formula", FunctionType(written.__code__, _IN_PYTORCH, written.__name__))
 
 
 _ENTRIES = (
-    Divergence(
-        "forward_kl",
-        "KL(p || q)",
-        _forward_kl,
-        _forward_kl_rule,
-        dual=lambda alpha, beta: Objective("reverse_kl"),
-        slope_sum="zero",
-    ),
-    Divergence(
-        "reverse_kl",
-        "KL(q || p)",
-        _reverse_kl,
-        _reverse_kl_rule,
-        dual=lambda alpha, beta: Objective("forward_kl"),
-        slope_sum="value",
-    ),
+    Divergence("forward_kl", "KL(p || q)", _forward_kl, lambda alpha, beta: Objective("reverse_kl"), slope_sum="zero"),
+    Divergence("reverse_kl", "KL(q || p)", _reverse_kl, lambda alpha, beta: Objective("forward_kl"), slope_sum="value"),
     Divergence(
         "skew_kl",
         "KL(p || alpha p + (1 - alpha) q)",
         _skew_kl,
-        _skew_kl_rule,
-        dual=lambda alpha, beta: Objective("skew_reverse_kl", alpha=alpha),
+        lambda alpha, beta: Objective("skew_reverse_kl", alpha=alpha),
         parameters={"alpha": 0.1},
         limits=(((0.0,), "forward_kl"),),
     ),
@@ -224,8 +197,7 @@ _ENTRIES = (
         "skew_reverse_kl",
         "KL(q || (1 - alpha) p + alpha q)",
         _skew_reverse_kl,
-        _skew_reverse_kl_rule,
-        dual=lambda alpha, beta: Objective("skew_kl", alpha=alpha),
+        lambda alpha, beta: Objective("skew_kl", alpha=alpha),
         parameters={"alpha": 0.1},
         limits=(((0.0,), "reverse_kl"),),
     ),
@@ -233,8 +205,7 @@ _ENTRIES = (
         "skew_reverse_kl_detached",
         "KL(q || (1 - alpha) p + alpha q), the q in the mixture held still",
         _skew_reverse_kl_detached,
-        _skew_reverse_kl_detached_rule,
-        dual=lambda alpha, beta: Objective("skew_kl", alpha=alpha),
+        lambda alpha, beta: Objective("skew_kl", alpha=alpha),
         parameters={"alpha": 0.1},
         limits=(((0.0,), "reverse_kl"),),
     ),
@@ -242,18 +213,16 @@ _ENTRIES = (
         "jsd",
         "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q",
         _jsd,
-        _jsd_rule,
-        dual=lambda alpha, beta: Objective("jsd", beta=1 - beta),
+        lambda alpha, beta: Objective("jsd", beta=1 - beta),
         parameters={"beta": 0.5},
         limits=(((0.0,), "forward_kl"), ((1.0,), "reverse_kl")),
     ),
-    Divergence("tvd", "sum |p - q| / 2", _tvd, _tvd_rule, dual=lambda alpha, beta: Objective("tvd")),
+    Divergence("tvd", "sum |p - q| / 2", _tvd, lambda alpha, beta: Objective("tvd")),
     Divergence(
         "alpha_beta",
         "-sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)] / (a b), a = alpha, b = beta",
         _alpha_beta,
-        _alpha_beta_rule,
-        dual=lambda alpha, beta: Objective("alpha_beta", alpha=beta, beta=alpha),
+        lambda alpha, beta: Objective("alpha_beta", alpha=beta, beta=alpha),
         parameters={"alpha": 0.2, "beta": 0.7},
         limits=(((1.0, 0.0), "forward_kl"), ((0.0, 1.0), "reverse_kl")),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,15 +122,20 @@ class LinearHead:
         tensors = (self.weight, self.bias, *(self.lora or ())[:2])
         if not any(isinstance(x, Tensor) and hasattr(x, "full_tensor") for x in tensors):
             return self
-        lora = None if self.lora is None else (_gathered(self.lora[0]), _gathered(self.lora[1]), self.lora[2])
-        bias = None if self.bias is None else _gathered(self.bias)
-        return LinearHead(_gathered(self.weight), bias, self.logit_scale, self.softcap, lora)
+        return self._map(_gathered)
 
     def cast(self, dtype: torch.dtype) -> LinearHead:
         """The same head in another dtype; gradients flow through the cast."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        lora = None if self.lora is None else (self.lora[0].to(dtype), self.lora[1].to(dtype), self.lora[2])
-        return LinearHead(self.weight.to(dtype), bias, self.logit_scale, self.softcap, lora)
+        return self._map(lambda x: x.to(dtype))
+
+    def detach(self) -> LinearHead:
+        """The same head, cut from the graph."""
+        return self._map(Tensor.detach)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> LinearHead:
+        bias = None if self.bias is None else change(self.bias)
+        lora = None if self.lora is None else (change(self.lora[0]), change(self.lora[1]), self.lora[2])
+        return LinearHead(change(self.weight), bias, self.logit_scale, self.softcap, lora)
 
     def low_rank(self, hidden: Tensor, ignored: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """(scaling * hidden @ A.T, B): the LoRA as r more inner dimensions of the GEMM; (None, None) without.

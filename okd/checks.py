@@ -1,0 +1,241 @@
+"""What is refused, or warned of, before a run begins; and the teacher that the method makes of what it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from okd import sampling
+from okd.data import Row
+from okd.ensemble import Ensemble
+from okd.methods import METHODS, Method
+from okd.models import check_head, position_limit
+from okd.online import Online, attach_online_module
+from okd.salience import calibration_batches, non_salient_modules
+from okd.teachers import Averaged, Frozen, Itself, refuse_injected
+from okd_kernels import LinearHead, has_fast_gemm
+
+logger = logging.get_logger(__name__)
+
+
+def prepare_teacher(
+    teacher: Any,
+    options: Any,
+    student: Any = None,
+    rows: Sequence[Row] | None = None,
+    collator: Callable[[Any], Any] | None = None,
+) -> Any:
+    """The `Teacher` of a method: frozen, with an online module that alone trains, several, the student, or None.
+
+    teacher: a model, several as a list or by name, or a `Teacher`; None with a method that needs none, or with a
+        self-teacher. Student, training rows and collator serve self-teachers, and to find the weights that matter
+        least (`online_module="non_salient"`).
+
+    Raises ValueError for what does not fit the method.
+    """
+    method = options.resolved
+    if isinstance(teacher, list | tuple) and len(teacher) == 1:
+        (teacher,) = teacher
+    if not method.needs_teacher:
+        return None
+    if teacher is None:
+        return _self_teacher(student, options, rows)
+    if options.self_teacher is not None:
+        raise ValueError(
+            f"expected no teacher beside self_teacher={options.self_teacher}; got both: leave one of them out"
+        )
+    if teacher is student:
+        raise ValueError(
+            "expected two models, since a model is at no distance from itself; got one as student and teacher: pass "
+            "teacher=None with self_teacher='average', or 'student' with data whose teacher_prompt tells it more, or a "
+            "copy of the model"
+        )
+    if isinstance(teacher, list | tuple | Mapping):
+        check_number_of_teachers(method, len(teacher))
+        teacher = Ensemble(teacher)
+    check_number_of_teachers(method, len(teacher.members) if isinstance(teacher, Ensemble) else 1)
+    if method.is_routed:
+        _check_routes(teacher, rows or ())
+    if isinstance(teacher, Ensemble):
+        check_vocabularies(student, teacher, options.vocab_size)
+        return teacher
+    if hasattr(teacher, "as_it_was"):
+        return teacher
+    refuse_injected(teacher)
+    if student is not None:  # before the online module goes in: a teacher that is refused stays as it was
+        check_head(teacher, "teacher")
+        check_vocabularies(student, Frozen(teacher) if not options.online else teacher, options.vocab_size)
+    if not options.online:
+        return Frozen(teacher)
+    if not hasattr(teacher, "peft_config"):
+        modules = None
+        if method.online_module == "non_salient":
+            if not rows or collator is None:
+                raise ValueError(
+                    f"expected training data, by which {method.name} finds the teacher's weights that matter least; "
+                    "got none: pass train_dataset, or a teacher that has its adapter already"
+                )
+            modules = non_salient_modules(student, teacher, options, calibration_batches(rows, collator, options))
+        teacher = attach_online_module(teacher, options, modules)
+    return Online(teacher)
+
+
+def _self_teacher(student: Any, options: Any, rows: Sequence[Row] | None) -> Any:
+    method = options.resolved
+    if options.self_teacher is None:
+        raise ValueError(
+            f"expected a teacher for method {method.name}; got None: pass one, or self_teacher='average', or use sft"
+        )
+    if options.online:
+        raise ValueError(
+            f"expected a teacher of its own for method {method.name}, whose teacher learns; got a self-teacher: pass a "
+            "teacher, or use a method with a frozen one"
+        )
+    if options.self_teacher == "average":
+        return Averaged(student, options.average_decay)
+    without = [row["id"] for row in rows or () if "teacher_prompt" not in row]
+    if without:
+        raise ValueError(
+            "expected a teacher_prompt in every example with self_teacher='student', which is at no distance from "
+            f"itself else; got {len(without)} without ({', '.join(without[:5])}): add one, or use 'average'"
+        )
+    return Itself(student)
+
+
+def _check_routes(teacher: Any, rows: Sequence[Row]) -> None:
+    names = set(teacher.names)
+    lost = [row for row in rows if row.get("teacher") not in names]
+    if lost:
+        got = sorted({str(row.get("teacher")) for row in lost})
+        raise ValueError(
+            f'expected "teacher" of every example to be one of {", ".join(sorted(names))}; got {", ".join(got[:5])} in '
+            f"{len(lost)} examples, such as {lost[0]['id']}: correct them, or name the teachers so"
+        )
+
+
+def check_number_of_teachers(method: Method, n: int) -> None:
+    """Raise ValueError unless the method takes so many teachers."""
+    if n > 1 and not method.takes_several:
+        names = " or ".join(name for name, other in METHODS.items() if other.takes_several)
+        raise ValueError(f"expected one teacher for method {method.name}; got {n}: pass one, or use {names}")
+    if n == 1 and method.takes_several:
+        raise ValueError(
+            f"expected several teachers for method {method.name}; got one: pass OKDTrainer(student, [one, another, "
+            "...]), on the command line --teachers, or use a method with one teacher"
+        )
+
+
+def check_vocabularies(student: Any, teacher: Any, vocab_size: int | None) -> None:
+    """Raise ValueError unless all heads have one number of rows, or `vocab_size` and more."""
+    heads = [LinearHead.from_model(student)]
+    if isinstance(teacher, Ensemble):
+        heads += teacher.heads()
+    else:
+        heads.append(teacher.head() if hasattr(teacher, "as_it_was") else LinearHead.from_model(teacher))
+    sizes = [len(head.weight) for head in heads]
+    if vocab_size is None and len(set(sizes)) > 1:
+        raise ValueError(
+            f"expected heads of one vocabulary size; got student {sizes[0]} and teacher "
+            f"{', '.join(map(str, sizes[1:]))}. If they share a tokenizer and are padded differently, pass "
+            f"vocab_size=len(tokenizer), at most {min(sizes)}"
+        )
+    if vocab_size is not None and not 0 < vocab_size <= min(sizes):
+        raise ValueError(f"expected vocab_size in [1, {min(sizes)}], as all heads have rows; got {vocab_size}")
+
+
+def check_student(student: Any) -> None:
+    """Raise ValueError for a student that cannot be trained by this loss."""
+    if not any(p.requires_grad for p in student.parameters()):
+        raise ValueError("expected a student with trainable parameters; all are frozen: call requires_grad_()")
+    check_trained_dtypes("student", student)
+    check_head(student, "student")
+
+
+def check_trained_dtypes(name: str, model: nn.Module) -> None:
+    """Raise ValueError where fp16 weights would train, warn where bf16 ones would.
+
+    AdamW moves a weight by about the learning rate, which bf16 rounds away from 256 of them on.
+    """
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    if torch.float16 in dtypes:
+        raise ValueError(
+            f"expected the {name} in float32, since its weights train; got float16, which loses their updates: call "
+            ".float() on it (okd train: --dtype float32), and pass fp16=True to compute in fp16"
+        )
+    if torch.bfloat16 in dtypes:
+        logger.warning(
+            f"expected the {name} in float32, since its weights train; got bfloat16, in which updates below a 256th of "
+            "a weight are lost: call .float() on it (okd train: --dtype float32), and pass bf16=True to compute in bf16"
+        )
+
+
+def check_trainer_options(options: Any, ignored: Mapping[str, Any]) -> None:
+    """Raise ValueError for arguments of transformers' Trainer that would never be asked."""
+    given = [name for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics") if
+             ignored.get(name) is not None]  # fmt: skip
+    if given:
+        raise ValueError(
+            f"expected no {given[0]}, as the loss and its metrics are the method's; got one: give OKDConfig a Method "
+            "with a loss of your own, or override OKDTrainer.evaluate"
+        )
+
+
+def check_teacher_prompts(options: Any, rows: Sequence[Row]) -> None:
+    """Raise ValueError where a teacher would read another prompt than the one that it was told to."""
+    if options.resolved.responses not in (sampling.interleaved, sampling.mixture):
+        return
+    told = [row["id"] for row in rows if "teacher_prompt" in row]
+    if told:
+        raise ValueError(
+            f"expected no teacher_prompt with method {options.resolved.name}, whose teacher reads the student's prompt "
+            f"while it writes; got {len(told)} ({', '.join(told[:5])}): leave them out, or use gkd"
+        )
+
+
+def warn_of_slow_products(models: Sequence[Any], options: Any) -> None:
+    """16-bit models on a CPU without instructions for them train many times as slowly as 32-bit ones."""
+    dtypes = {p.dtype for model in models if model is not None for p in model.parameters()}
+    dtypes |= {dtype for dtype, chosen in ((torch.bfloat16, options.bf16), (torch.float16, options.fp16)) if chosen}
+    slow = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes if not has_fast_gemm(dtype, options.device))
+    if slow:
+        logger.warning(
+            f"expected float32 on this CPU, which has no instructions for {' and '.join(slow)} products: training will "
+            "be many times as slow; leave bf16 and fp16 out, and call .float() on 16-bit models (okd train: no --dtype)"
+        )
+
+
+def warn_of_long_rows(models: Sequence[Any], rows: Sequence[Row]) -> None:
+    """Learned position embeddings end in an index error there, on a GPU in one that names no index."""
+    longest = max((len(row["input_ids"]) for row in rows), default=0)
+    limit = min((n for n in map(position_limit, models) if n is not None), default=longest)
+    if longest > limit:
+        logger.warning(
+            f"expected rows of at most {limit} tokens, as both models have positions; got one of {longest}: "
+            f"pass max_length={limit}, unless the models extrapolate"
+        )
+
+
+def refuse_sharded(trainer: Any, resuming: bool) -> None:
+    """Raise ValueError for what wants whole models on each process."""
+    args = trainer.args
+    if resuming and trainer.is_fsdp_enabled:
+        raise ValueError(
+            "expected whole models on each process to resume; got FSDP's shards: start anew from the checkpoint's "
+            "student and adapter, or use DDP"
+        )
+    if not trainer.sampler.is_idle and trainer.is_sharded:
+        raise ValueError(
+            f"expected whole models on each process with method {args.resolved.name}, which samples responses of "
+            "unequal lengths; got sharded ones, which would wait for one another for ever: use DDP"
+        )
+    if trainer.is_fsdp_enabled:
+        kind = str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+        if "FULL_STATE_DICT" not in kind:  # Trainer.save_model would silently save nothing
+            raise ValueError(
+                f"expected FSDP with state_dict_type FULL_STATE_DICT, from which the student is saved; got {kind}: "
+                "set it in fsdp_config, or as fsdp_state_dict_type in accelerate's configuration"
+            )

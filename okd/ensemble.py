@@ -1,0 +1,148 @@
+"""Several teachers over one vocabulary: mixed, selected, or named by the data (`okd.selection`, `okd.objectives`).
+
+Shapes: N response tokens; D_i the hidden size of teacher i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from okd.data import Batch
+from okd.models import check_head, load_model, response_rows
+from okd.teachers import Frozen, base_of, refuse_injected
+from okd_kernels import LinearHead
+
+
+class Ensemble(nn.Module):
+    """Several frozen teachers. The first one judges: evaluation measures against it, whatever is learned meanwhile.
+
+    Args:
+        members: models, or pairs (PEFT model, name of its adapter; None for its base), or a mapping of names to those.
+            Members may share a model, whose adapters are then switched, so that its base exists once.
+
+    Raises:
+        ValueError: the first teacher, as judge, has a prompt or prefix; a head does more than a matrix product.
+    """
+
+    learns, judges = False, True
+
+    def __init__(self, members: Sequence[Any] | Mapping[str, Any]):
+        super().__init__()
+        named = members if isinstance(members, Mapping) else {str(i): m for i, m in enumerate(members, start=1)}
+        self.names = list(named)
+        pairs = [
+            m if isinstance(m, tuple) else (m, m.active_adapter if hasattr(m, "peft_config") else None)
+            for m in named.values()
+        ]
+        for model, _ in pairs:
+            refuse_injected(model)
+        models = {id(model): model for model, _ in pairs}
+        self.models = nn.ModuleList(models.values())
+        self.members = [(list(models).index(id(model)), adapter) for model, adapter in pairs]
+        model, adapter = pairs[0]
+        if adapter is not None and model.peft_config[adapter].is_prompt_learning:
+            raise ValueError(
+                f"expected a first teacher, which judges, without prompt or prefix; got adapter {adapter!r}: put it "
+                "second, or merge what it learned into a model"
+            )
+        self.requires_grad_(False)
+        for i, name in enumerate(self.names):
+            with self.active(i) as member:
+                check_head(member, f"teacher {name}")
+
+    @contextmanager
+    def active(self, i: int) -> Iterator[Any]:
+        """The model of member i, with its adapter switched on and no other."""
+        index, adapter = self.members[i]
+        model: Any = self.models[index]
+        if adapter is None:
+            if not hasattr(model, "disable_adapter"):
+                yield model
+                return
+            with base_of(model) as base:
+                yield base
+            return
+        if model.active_adapter != adapter:
+            model.set_adapter(adapter, inference_mode=True)
+        yield model
+
+    @torch.no_grad()
+    def taught(self, i: int, batch: Batch) -> tuple[Tensor, LinearHead]:
+        """(N, D_i) hidden states of teacher i that predict the response tokens, and its head."""
+        with self.active(i) as model:
+            return response_rows(model, batch, as_teacher=True), LinearHead.from_model(model)
+
+    def widths(self) -> list[int]:
+        """Hidden size of each teacher."""
+        models: list[Any] = [self.models[index] for index, _ in self.members]
+        return [model.config.get_text_config().hidden_size for model in models]
+
+    def heads(self) -> list[LinearHead]:
+        found = []
+        for i in range(len(self.members)):
+            with self.active(i) as model:
+                found.append(LinearHead.from_model(model))
+        return found
+
+    # --- the protocol: the ensemble as its first teacher
+
+    @property
+    def model(self) -> Any:
+        return self.models[0]
+
+    def rows(self, batch: Batch) -> Tensor:
+        return self.taught(0, batch)[0]
+
+    def head(self) -> LinearHead:
+        with self.active(0) as model:
+            return LinearHead.from_model(model)
+
+    @contextmanager
+    def as_it_was(self) -> Iterator[Any]:
+        with self.active(0) as model:
+            yield model
+
+    after_update, train = Frozen.after_update, Frozen.train
+
+
+def is_adapter(source: str) -> bool:
+    """A directory that holds a PEFT adapter rather than a model."""
+    return (Path(source) / "adapter_config.json").is_file()
+
+
+def named_sources(sources: Sequence[str]) -> dict[str, str]:
+    """Names and places of teachers given as `name=source`, or `source` alone: those are called 1, 2, ..."""
+    found: dict[str, str] = {}
+    for i, text in enumerate(sources, start=1):
+        name, equals, source = text.partition("=")
+        name, source = (name, source) if equals else (str(i), text)
+        if not name or not source or name in found:
+            raise ValueError(f"expected teachers as name=source, each name once; got {text!r}: correct it")
+        found[name] = source
+    return found
+
+
+def load_ensemble(
+    first: Any, sources: Mapping[str, str], dtype: str = "auto", device: torch.device | None = None
+) -> Ensemble:
+    """The first of the named teachers, already loaded, and the others: models, or adapters over the first."""
+    from peft import PeftModel
+
+    adapted: Any = None
+    members: dict[str, Any] = {}
+    for name, source in list(sources.items())[1:]:
+        if not is_adapter(source):
+            members[name] = load_model(source, dtype, device)
+            continue
+        if adapted is None:
+            adapted = PeftModel.from_pretrained(first, source, adapter_name=f"teacher_{name}")
+        else:
+            adapted.load_adapter(source, adapter_name=f"teacher_{name}")
+        members[name] = (adapted, f"teacher_{name}")
+    return Ensemble({next(iter(sources)): first if adapted is None else (adapted, None), **members})

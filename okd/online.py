@@ -1,0 +1,256 @@
+"""A teacher that learns: the module that trains in it, and how far it has moved from what it was.
+
+OKD (arXiv 2409.12512) adds a small module to every layer of the teacher, CLDA (arXiv 2409.02699) trains the weights
+that matter least. Either way the teacher becomes a PEFT model: its base stays as it was, and what trains is saved as an
+adapter that plain `peft` loads.
+
+Shapes: N response tokens; D the hidden size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from okd.data import Batch
+from okd.models import response_rows
+from okd.options import option
+from okd.teachers import base_of, refuse_injected
+from okd_kernels import DistillationLoss, LinearHead
+
+if TYPE_CHECKING:
+    from okd.objectives import Totals
+    from okd.pair import StudentTeacher
+
+
+@dataclass
+class OnlineOptions:
+    """Read where the teacher learns."""
+
+    teacher_kl_weight: float | None = option(
+        None,
+        "a of the teacher's loss a KL(student || teacher) + (1 - a) CE; default: 0.1, or as the method says",
+        least=0,
+        most=1,
+    )
+    online_module: str | None = option(
+        None,
+        "what trains in the teacher: lora, prefix, p_tuning or non_salient (weights); default: as the method says",
+        choices=("lora", "prefix", "p_tuning", "non_salient"),
+    )
+    online_learning_rate: float | None = option(None, "learning rate of the online module; default: learning_rate")
+    online_start: float = option(
+        0.0, "share of the training after which the online module begins to learn", least=0, most=1
+    )
+    alternating: bool | None = option(
+        None, "student and online module learn in turns, at every other step; default: as the method says"
+    )
+
+
+@dataclass
+class LoraOptions:
+    """Read by online_module=lora."""
+
+    online_rank: int = option(32, "rank of the teacher's LoRA", least=1)
+    online_alpha: int | None = option(None, "alpha of the teacher's LoRA, scaled by alpha / rank; default: its rank")
+    online_dropout: float = option(0.0, "dropout of the teacher's LoRA", least=0, most=1)
+    online_layers: float = option(
+        1.0, "share of the teacher's layers, from the top, that carry the LoRA", above=0, most=1
+    )
+
+
+@dataclass
+class PromptOptions:
+    """Read by online_module=prefix and p_tuning."""
+
+    online_virtual_tokens: int = option(20, "length of a prefix or p-tuning prompt", least=1)
+
+
+@dataclass
+class SalienceOptions:
+    """Read by online_module=non_salient."""
+
+    clda_share: float = option(
+        0.1, "share of the teacher's decoder weights, the least salient, that non_salient trains", above=0, most=1
+    )
+
+
+MODULE_OPTIONS: dict[str, type] = {
+    "lora": LoraOptions,
+    "prefix": PromptOptions,
+    "p_tuning": PromptOptions,
+    "non_salient": SalienceOptions,
+}
+
+
+class Online(nn.Module):
+    """A PEFT model whose adapter alone trains. It has a graph where `learning`; its base judges.
+
+    Raises ValueError where anything else would train, or nothing.
+    """
+
+    learns, judges = True, True
+
+    def __init__(self, model: Any):
+        super().__init__()
+        refuse_injected(model)
+        adapter = adapter_names(model)
+        training = {name for name, p in model.named_parameters() if p.requires_grad}
+        if training - adapter:
+            raise ValueError(
+                f"expected only the online module of the teacher to train; {len(training - adapter)} weights of the "
+                f"base would too, such as {min(training - adapter)}: call requires_grad_(False) on them"
+            )
+        if not training:
+            raise ValueError(
+                "expected a teacher whose online module trains; all of its parameters are frozen: merge the adapter "
+                "that it has, load it with PeftModel.from_pretrained(teacher, directory, is_trainable=True) to train "
+                "it, or use a method with a frozen teacher"
+            )
+        _widen_copies(model)
+        self.model, self.learning = model, True
+
+    def rows(self, batch: Batch) -> Tensor:
+        with torch.set_grad_enabled(self.learning and torch.is_grad_enabled()):
+            return response_rows(self.model, batch, as_teacher=True)
+
+    def head(self) -> LinearHead:
+        return LinearHead.from_model(self.model)
+
+    @contextmanager
+    def as_it_was(self) -> Iterator[Any]:
+        with base_of(self.model) as base:
+            yield base
+
+    def after_update(self, student: nn.Module) -> None:
+        """The optimizer has moved its module."""
+
+    def train(self, mode: bool = True) -> Online:
+        """Evaluation mode but for the LoRA's dropout: any other would blur the target."""
+        super().train(False)
+        self.training = mode
+        for name, module in self.model.named_modules():
+            # a layer asks its own flag whether to checkpoint
+            if "lora_dropout" in name or getattr(module, "gradient_checkpointing", False):
+                module.training = mode
+        return self
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        self.model.gradient_checkpointing_enable(**options)
+        for module in self.model.modules():  # `train` sets the flag that some layers' own dropout looks at
+            if getattr(module, "gradient_checkpointing", False):
+                for name in [n for n, x in vars(module).items() if "drop" in n and isinstance(x, float)]:
+                    setattr(module, name, 0.0)
+        chosen = options.get("gradient_checkpointing_kwargs") or {}
+        if not chosen.get("use_reentrant", False):
+            # For reentrant checkpoints, transformers gives the embeddings' output a gradient. It would take the
+            # backward pass through every frozen layer below the first adapted one.
+            self.model.disable_input_require_grads()
+
+
+def attach_online_module(teacher: Any, options: Any, modules: Sequence[str] | None = None) -> Any:
+    """The teacher as a PEFT model whose base is frozen and whose adapter, starting at no change, trains.
+
+    LoRA on the query and value projections as in the paper (arXiv 2409.12512, Sec. 3.1), prefix tuning or p-tuning; or
+    a copy of each of the `modules` named, which trains in its place while the original is kept.
+    """
+    import peft
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    kind, config = options.resolved.online_module, None
+    if modules is not None:
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", target_modules=DUMMY_TARGET_MODULES, modules_to_save=list(modules)
+        )
+    elif kind == "prefix":
+        config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.online_virtual_tokens)
+    elif kind == "p_tuning":
+        config = peft.PromptEncoderConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=options.online_virtual_tokens,
+            encoder_hidden_size=teacher.config.get_text_config().hidden_size,
+        )
+    else:
+        n_layers = teacher.config.get_text_config().num_hidden_layers
+        first = n_layers - max(1, round(options.online_layers * n_layers))
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=options.online_rank,
+            lora_alpha=options.online_rank if options.online_alpha is None else options.online_alpha,
+            lora_dropout=options.online_dropout,
+            target_modules=_query_and_value(teacher),
+            layers_to_transform=list(range(first, n_layers)) if first else None,
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, which no adapter touches here
+        return peft.get_peft_model(teacher, config)
+
+
+def _query_and_value(model: nn.Module) -> list[str] | None:
+    """Names of the query and value projections; None leaves the choice to PEFT's table (fused projections)."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for pair in (["q_proj", "v_proj"], ["query", "value"], ["q", "v"]):
+        if names.issuperset(pair):
+            return pair
+    return None
+
+
+def adapter_names(teacher: nn.Module) -> set[str]:
+    """Names of the parameters that belong to a PEFT adapter rather than to the base model."""
+    if not hasattr(teacher, "peft_config"):
+        return set()
+    prefix = getattr(teacher.base_model, "prefix", None) or "prompt_encoder"
+    prefixes = (prefix, "modules_to_save")
+    return {name for name, _ in teacher.named_parameters() if any(p.startswith(prefixes) for p in name.split("."))}
+
+
+class _WideLinear(nn.Linear):
+    """Weights in fp32, products in the input's dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return nn.functional.linear(input, self.weight.to(input.dtype), bias)
+
+
+class _WideConv1D(Conv1D):
+    """The same of GPT-2's linear module, whose weight is transposed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.t().to(x.dtype), self.bias.to(x.dtype))
+
+
+def _widen_copies(model: Any) -> None:
+    """Copies of 16-bit modules train in fp32: bf16 would round most of their updates away."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for wrapper in (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)):
+        for module in wrapper.modules_to_save.values():
+            if type(module) in (nn.Linear, Conv1D) and module.weight.dtype in (torch.bfloat16, torch.float16):
+                module.float()
+                module.__class__ = _WideLinear if isinstance(module, nn.Linear) else _WideConv1D
+
+
+@torch.no_grad()
+def distance_from_base(pair: StudentTeacher, batch: Batch, totals: Totals | None = None) -> DistillationLoss:
+    """The student's divergence from the teacher as it was. For `pair(batch, loss=...)`.
+
+    With an online teacher the metrics also hold, for each token, `teacher_shift`, KL(base || online teacher) in nats,
+    which says how far the module has moved its teacher, and `online_teacher_nll`, of the label.
+    """
+    with pair.teacher.as_it_was() as model:
+        base, base_head = response_rows(model, batch, as_teacher=True), LinearHead.from_model(model)
+    targets = batch["targets"]
+    options: dict[str, Any] = {"teacher": None, "teacher_head": base_head, "temperature": 1.0}  # as in evaluations
+    loss = pair.distil(pair.student_rows(batch), base, targets, **options)
+    if not pair.teacher.learns:
+        return loss
+    shift = pair.distil(pair.teacher_rows(batch), base, targets, student_head=pair.teacher.head(), **options).metrics
+    moved = {"teacher_shift": shift["forward_kl"], "online_teacher_nll": shift["student_nll"]}
+    return loss._replace(metrics=loss.metrics | moved)
