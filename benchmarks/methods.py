@@ -6,6 +6,9 @@ many steps as fit W by its own step time, its learning-rate schedule fitted to t
 first method's `--steps` steps take, whose runs then serve both tables. Training time excludes loading and all
 evaluation, and includes generating.
 
+Steps are compared as steps of the student. Where student and online module learn in turns (clda), the student has every
+other one, so that such a method takes twice as many; its learning-rate schedule is fitted to those.
+
 A method may carry options: `okd:teacher_kl_weight=0.9,online_learning_rate=5e-5`. Each (method, seed, steps) is a
 process of its own, so that its memory is its own, and its result a line of results.jsonl: a run that was killed goes on
 where it was, and more methods or seeds can be added. `--dry-run` times a few steps of each and estimates the rest.
@@ -37,21 +40,21 @@ import transformers
 from transformers import TrainerCallback
 
 from benchmarks.loss import environment
-from benchmarks.step import Clock, parse_options, parse_variant, peak_bytes, reset_peak, subprocess_job
+from benchmarks.step import Clock, parse_options, parse_variant, peak_bytes, read_by, reset_peak, subprocess_job
 from okd import METHODS, OKDConfig, OKDTrainer
 from okd.data import encode, read_jsonl
 from okd.evaluate import divergence_metrics, evaluate
 from okd.models import SMOLLM2, check_tokenizers, keep_layers, load_model, load_tokenizer, parse_layers
-from okd.teachers import distance_from_base
+from okd.online import distance_from_base
 
 DEFAULT_METHODS = ("okd", "sft", "forward_kd", "gkd")
 TEACHER_RANK = 16  # of the LoRA that `--tune-teacher` merges
-PROBE_STEPS = 4  # that time a method; the first is left out
+PROBE_STEPS = 5  # that time a method; the first is left out, the others are as many odd as even ones
 SETTINGS = (  # what all lines of a results.jsonl have in common
-    *("train_file", "eval_file", "teacher", "student", "student_layers", "tune_teacher", "tune_student"),
-    *("tune_student_method", "batch_size", "max_length", "learning_rate", "set", "device"),
-    *("eval_examples", "answers", "answer_seeds", "max_new_tokens", "curve_examples", "curve_points"),
-)
+    "train_file", "eval_file", "teacher", "student", "student_layers", "tune_teacher", "tune_student",
+    "tune_student_method", "batch_size", "max_length", "learning_rate", "set", "device",
+    "eval_examples", "answers", "answer_seeds", "max_new_tokens", "curve_examples", "curve_points",
+)  # fmt: skip
 COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], float | None], str]] = {  # title, of a result, format
     "rouge_l": ("ROUGE-L", lambda r: r["metrics"]["rouge_l"], ".2f"),
     "forward_kl": ("KL(p‖q)", lambda r: r["metrics"]["forward_kl"], ".4f"),
@@ -78,7 +81,7 @@ def load(job: dict[str, Any], *names: str) -> list[Any]:
 
 
 def training_arguments(job: dict[str, Any], folder: str, method: str, steps: int, **options: Any) -> OKDConfig:
-    """Common options, then the job's `--set`, then these."""
+    """Common options, then those of the job's `--set` that the method reads, then these."""
     common = {
         "output_dir": folder,
         "method": method,
@@ -92,7 +95,17 @@ def training_arguments(job: dict[str, Any], folder: str, method: str, steps: int
         "disable_tqdm": True,
         "use_cpu": job["device"] == "cpu",
     }
-    return OKDConfig(**{**common, **parse_options(job["set"]), **options})
+    return OKDConfig(**{**common, **read_by(method, options, parse_options(job["set"])), **options})
+
+
+def steps_of(settings: dict[str, Any], variant: str, student_steps: int) -> int:
+    """Steps in which the student learns so many times: where it learns in turns with the teacher, twice as many, but
+    for the share of the training (`online_start`) before the teacher begins."""
+    method, options = parse_variant(variant)
+    args = training_arguments({**settings, "device": "cpu"}, settings["output_dir"], method, 1, **options)
+    if not args.resolved.alternating:
+        return student_steps
+    return round(2 * student_steps / (1 + args.online_start))
 
 
 def prepare(job: dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +198,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(job, folder, method, steps, seed=job["seed"], **options)
         # the clock comes last: it goes on when the curve has its point
-        trainer = OKDTrainer(student, teacher, args, data, rows, processing_class=tokenizer, callbacks=[curve, clock])
+        given = teacher if args.self_teacher is None else None
+        trainer = OKDTrainer(student, given, args, data, rows, processing_class=tokenizer, callbacks=[curve, clock])
         reset_peak(job["device"])
         trainer.train()
         result: dict[str, Any] = {
@@ -198,7 +212,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             return result
         if not curve.points or curve.points[-1][0] < steps:
             trainer.evaluate()
-    judge = teacher if trainer.pair.teacher is None else trainer.pair.teacher  # with the adapter, which goes off
+    judge = trainer.pair.teacher if getattr(trainer.pair.teacher, "judges", False) else teacher
     if trainer.args.online:
         rows = held_out(job, tokenizer)[: job["eval_examples"]]
         result["teacher"] = trainer.held_out_means(rows, distance_from_base)
@@ -269,7 +283,8 @@ def wall_clock_plan(results: Results, args: argparse.Namespace) -> dict[str, Any
     times = {}
     for variant in args.methods:
         if "steps" in args.budgets:
-            runs = [results.get("train", variant, seed, args.steps) for seed in range(args.seeds)]
+            steps = steps_of(results.settings, variant, args.steps)
+            runs = [results.get("train", variant, seed, steps) for seed in range(args.seeds)]
         else:
             runs = [results.run("probe", variant, 0, PROBE_STEPS)]
         taken = [run["step_s"] for run in runs if run is not None]
@@ -277,7 +292,9 @@ def wall_clock_plan(results: Results, args: argparse.Namespace) -> dict[str, Any
             times[variant] = statistics.fmean(taken)
     if not args.seconds and args.methods[0] not in times:
         return None
-    plan = plans.setdefault(name, {"seconds": args.seconds or times[args.methods[0]] * args.steps, "steps": {}})
+    first = args.methods[0]
+    reference = args.seconds or times[first] * steps_of(results.settings, first, args.steps)
+    plan = plans.setdefault(name, {"seconds": reference, "steps": {}})
     for variant, seconds in times.items():
         plan["steps"].setdefault(variant, max(1, round(plan["seconds"] / seconds)))
     path.write_text(json.dumps(plans, indent=1))
@@ -295,11 +312,11 @@ def estimate(results: Results, args: argparse.Namespace) -> float:
         probe = results.run("probe", variant, 0, PROBE_STEPS)
         if probe is None:
             continue
-        seconds = probe["step_s"]
-        reference = reference or seconds * args.steps
-        missing = [s for s in range(args.seeds) if results.get("train", variant, s, args.steps) is None]
-        steps_part = len(missing) * (args.steps * seconds + overhead) if "steps" in args.budgets else 0.0
-        timed = "time" in args.budgets and round(reference / seconds) != args.steps
+        seconds, steps = probe["step_s"], steps_of(results.settings, variant, args.steps)
+        reference = reference or seconds * steps
+        missing = [s for s in range(args.seeds) if results.get("train", variant, s, steps) is None]
+        steps_part = len(missing) * (steps * seconds + overhead) if "steps" in args.budgets else 0.0
+        timed = "time" in args.budgets and round(reference / seconds) != steps
         time_part = args.seeds * (reference + overhead) if timed else 0.0
         total += steps_part + time_part
         print(f"{variant:<40}{seconds:>6.2f} s/step{steps_part / 60:>7.1f} min{time_part / 60:>7.1f} min")
@@ -382,7 +399,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="the first sets W",
     )
     add("--seeds", type=int, default=3, help="seeds 0, 1, ... of each method")
-    add("--steps", type=int, default=24, help="of equal steps")
+    add("--steps", type=int, default=24, help="of equal steps, in which the student learns")
     add("--seconds", type=float, help="W; default: the time of the first method's steps")
     add("--budgets", nargs="+", choices=("steps", "time"), default=["steps", "time"])
     add("--teacher", default=SMOLLM2)
@@ -394,7 +411,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=4)
     add("--max-length", type=int, default=256)
     add("--learning-rate", type=float, default=2e-4)
-    add("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="of OKDConfig, for all methods and tuning")
+    add("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="of OKDConfig, for all that read it, tuning too")
     add("--eval-examples", type=int, default=64, help="held-out examples of the tables")
     add("--answers", type=int, default=32, help="of these, answered for ROUGE-L")
     add("--answer-seeds", type=int, default=1, help="1: greedy; more: sampled answers of so many seeds")
@@ -448,7 +465,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         tables[title] = {variant: [run for name, run in runs if name == variant and run] for variant in args.methods}
 
     if "steps" in args.budgets:
-        train_all(f"Equal steps: {args.steps}", dict.fromkeys(args.methods, args.steps))
+        steps = {variant: steps_of(results.settings, variant, args.steps) for variant in args.methods}
+        train_all(f"Equal steps: {args.steps}", steps)
     plan = wall_clock_plan(results, args) if "time" in args.budgets else None
     if plan is not None:
         fitting = {variant: plan["steps"][variant] for variant in args.methods if variant in plan["steps"]}

@@ -1,6 +1,6 @@
 """Time and memory of whole training steps, ours and with whole logits: `python -m benchmarks.step --help`.
 
-Each candidate is a method of `okd.config.METHODS` run by `OKDTrainer` itself: fetching, generating where the method
+Each candidate is a method of `okd.METHODS` run by `OKDTrainer` itself: fetching, generating where the method
 does, both models' forward, the loss, backward, clipping and AdamW. "eager" swaps the pair's `distil`, and nothing else,
 for the loss that trainers write, on the same response rows. Every round runs each candidate in a fresh process, through
 the list and back by turns; its first steps are discarded. Rows are random tokens, half prompt and half response, and no
@@ -35,6 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from benchmarks import peers
 from benchmarks.loss import DTYPES, environment, peak_rss
 from okd import METHODS, OKDConfig, OKDTrainer
+from okd.config import GROUPS
 from okd.data import IGNORE
 from okd.models import SMOLLM2, keep_layers, load_model, parse_layers
 from okd_kernels import DistillationLoss, LinearHead
@@ -77,6 +78,18 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             options[name] = value
     return options
+
+
+def read_by(method: str, own: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
+    """Of options `common` to all methods, those that a method with options of its `own` reads; transformers' all."""
+    kept: dict[str, Any] = {}
+    while True:  # one option, such as online_teacher, may have others read
+        resolved = OKDConfig(use_cpu=True, method=method, **{**kept, **own}).resolved
+        unread = {x.name for group in GROUPS if group not in resolved.option_groups for x in dataclasses.fields(group)}
+        found = {name: value for name, value in common.items() if name not in unread}
+        if found == kept:
+            return kept
+        kept = found
 
 
 class Clock(TrainerCallback):
@@ -132,7 +145,7 @@ class LossClock:
         return event
 
     def __call__(
-        self, student: Tensor, teacher: Tensor, targets: Tensor, *args: Any, **options: Any
+        self, student: Tensor, teacher: Tensor, targets: Tensor, /, *args: Any, **options: Any
     ) -> DistillationLoss:
         marks = [self._mark()]
         loss = self.distil(student, teacher, targets, *args, **options)
@@ -166,11 +179,14 @@ def eager_distil(pair: Any) -> Callable[..., DistillationLoss]:
     """`StudentTeacher.distil` from whole logits, by `benchmarks.peers.eager`: a batch's mean, no accumulation."""
     online = pair.teacher_objective is not None
     divergence = "okd" if online else pair.student_objective.divergence
-    if divergence not in peers.DIVERGENCES or (online and pair.args.teacher_kl_weight != peers.OKD_WEIGHT):
-        raise ValueError(f"expected what peers.eager can: {', '.join(peers.DIVERGENCES)}; got {divergence}, a {online}")
+    weight = pair.teacher_objective.weight if online else peers.OKD_WEIGHT
+    if divergence not in peers.DIVERGENCES or weight != peers.OKD_WEIGHT:
+        raise ValueError(f"expected what peers.eager can: {', '.join(peers.DIVERGENCES)}; got {divergence}, a {weight}")
 
-    def distil(student: Tensor, teacher: Tensor, targets: Tensor, normalizer: Any = None, **_: Any) -> DistillationLoss:
-        heads = [LinearHead.from_model(model).weight for model in (pair.student, pair.teacher)]
+    def distil(
+        student: Tensor, teacher: Tensor, targets: Tensor, /, normalizer: Any = None, **_: Any
+    ) -> DistillationLoss:
+        heads = [head.weight for head in (pair.student_head(), pair.teacher_head())]
         return DistillationLoss(peers.eager(student, heads[0], teacher, heads[1], targets, divergence), None, {})
 
     return distil
@@ -215,8 +231,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         model(job[side], job["dtype"], device, seed) for seed, side in enumerate(("student", "teacher"))
     )
     method, options = parse_variant(job["variant"])
-    if any(field.name == "max_new_tokens" for field in dataclasses.fields(OKDConfig)):
-        options.setdefault("max_new_tokens", length - length // 2)
+    options = {**read_by(method, options, {"max_new_tokens": length - length // 2}), **options}
     for one in (student, teacher):
         one.generation_config.eos_token_id = None  # nor has the tokenizer an end: responses are as long as they may be
     # one word, its padding: rows are tokens already

@@ -5,6 +5,7 @@ A row is `{"id": str, "input_ids": list[int], "labels": list[int]}`, as `okd.dat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from okd.models import evaluating, position_limit
 
 Item = TypeVar("Item")
 
+# Scripts that are written without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # answers that follow the model's own q
 
 
@@ -117,9 +120,10 @@ def generate_responses(
 
 
 def rouge_l(answers: Sequence[dict[str, str]]) -> float:
-    """100 * mean F1 of the longest common subsequence of stemmed words of "answer" and "reference" (Lin 2004).
+    """100 * mean F1 of the longest common subsequence of words of "answer" and "reference" (Lin 2004).
 
-    Computed by `rouge_score`, whose words are of a-z and 0-9: text in other scripts scores 0.
+    Computed by `rouge_score`, whose words are stems of a-z and 0-9. Where most letters of a reference are others, its
+    words and its answer's are those of any script, and characters of scripts that have no spaces.
     """
     if not answers:
         raise ValueError("expected at least one answer, got none; generate for rows that have a prompt")
@@ -127,9 +131,24 @@ def rouge_l(answers: Sequence[dict[str, str]]) -> float:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise ImportError("expected the package rouge_score, got none; pip install rouge-score") from error
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    scores = [scorer.score(answer["reference"], answer["answer"])["rougeL"].fmeasure for answer in answers]
+    scorers = RougeScorer(["rougeL"], use_stemmer=True), RougeScorer(["rougeL"], tokenizer=_AnyScript())
+    scores = [
+        scorers[not _is_latin(answer["reference"])].score(answer["reference"], answer["answer"])["rougeL"].fmeasure
+        for answer in answers
+    ]
     return 100 * sum(scores) / len(scores)
+
+
+def _is_latin(text: str) -> bool:
+    letters = [c for c in text if c.isalpha()]
+    return 2 * sum(c.isascii() for c in letters) >= len(letters)
+
+
+class _AnyScript:
+    """Words for `rouge_score`: runs of letters and digits; each character of its own in Chinese, Japanese, Thai, ..."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])[^\W_])+", text.lower())
 
 
 @contextmanager

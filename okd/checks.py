@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from okd.data import Row
 from okd.ensemble import Ensemble
 from okd.methods import METHODS, Method
 from okd.models import check_head, position_limit
+from okd.objectives import PolicyGradientOptions
 from okd.online import Online, attach_online_module
 from okd.salience import calibration_batches, non_salient_modules
 from okd.teachers import Averaged, Frozen, Itself, refuse_injected
@@ -173,8 +176,10 @@ def check_trained_dtypes(name: str, model: nn.Module) -> None:
         )
 
 
-def check_trainer_options(options: Any, ignored: Mapping[str, Any]) -> None:
-    """Raise ValueError for arguments of transformers' Trainer that would never be asked."""
+def check_arguments(tokenizer: Any, ignored: Mapping[str, Any]) -> None:
+    """Raise ValueError without a tokenizer, or for arguments of transformers' Trainer that would never be asked."""
+    if tokenizer is None:
+        raise ValueError("expected processing_class, the tokenizer of both models; got None")
     given = [name for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics") if
              ignored.get(name) is not None]  # fmt: skip
     if given:
@@ -184,8 +189,15 @@ def check_trainer_options(options: Any, ignored: Mapping[str, Any]) -> None:
         )
 
 
-def check_teacher_prompts(options: Any, rows: Sequence[Row]) -> None:
-    """Raise ValueError where a teacher would read another prompt than the one that it was told to."""
+def check_data(options: Any, rows: Sequence[Row], texts: Sequence[Row], held_out: Any = None) -> None:
+    """Raise ValueError for data that the method would not read, or read otherwise than they say."""
+    if options.resolved.responses is sampling.replay and isinstance(held_out, Mapping):
+        raise ValueError(
+            f"expected one eval_dataset with method {options.resolved.name}, which adapts to its loss; got "
+            f"{len(held_out)} by name: pass one, and evaluate the others afterwards"
+        )
+    if texts and PolicyGradientOptions not in options.resolved.option_groups:
+        raise ValueError(f"expected text_dataset with minillm, which reads it; got it with {options.resolved.name}")
     if options.resolved.responses not in (sampling.interleaved, sampling.mixture):
         return
     told = [row["id"] for row in rows if "teacher_prompt" in row]
@@ -194,6 +206,14 @@ def check_teacher_prompts(options: Any, rows: Sequence[Row]) -> None:
             f"expected no teacher_prompt with method {options.resolved.name}, whose teacher reads the student's prompt "
             f"while it writes; got {len(told)} ({', '.join(told[:5])}): leave them out, or use gkd"
         )
+
+
+def warn_of_models(student: Any, teacher: Any, options: Any, rows: Sequence[Row]) -> None:
+    """Of what will be slow, or end in an error that says little. Raises ValueError where fp16 weights would train."""
+    if teacher is not None and teacher.learns:
+        check_trained_dtypes("teacher's online module", teacher)
+    warn_of_slow_products((student, teacher), options)
+    warn_of_long_rows([student, getattr(teacher, "model", None)], rows)
 
 
 def warn_of_slow_products(models: Sequence[Any], options: Any) -> None:
@@ -239,3 +259,18 @@ def refuse_sharded(trainer: Any, resuming: bool) -> None:
                 f"expected FSDP with state_dict_type FULL_STATE_DICT, from which the student is saved; got {kind}: "
                 "set it in fsdp_config, or as fsdp_state_dict_type in accelerate's configuration"
             )
+
+
+def stop(step: int, output_dir: str, losses: Sequence[tuple[list[str], Any]], finite: Sequence[bool]) -> None:
+    """Raise FloatingPointError for the micro-batches whose loss is not finite; their ids are written first."""
+    bad = [pair for pair, good in zip(losses, finite, strict=True) if not good]
+    path = Path(output_dir) / f"non_finite_batch_{step}.json"
+    if bad:  # else those of another rank
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"step": step, "ids": [name for names, _ in bad for name in names]}, indent=2))
+    _, loss = (bad or losses)[0]
+    teacher = "none" if loss.teacher is None else f"{loss.teacher.item():.4g}"
+    raise FloatingPointError(
+        f"step {step}: expected a finite loss; got student {loss.student.item():.4g}, teacher {teacher}. {path} names "
+        "the examples of its batch: look at them, or lower learning_rate or max_grad_norm"
+    )

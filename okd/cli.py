@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 DEMO_LAYERS = "0-9,20-29"  # of SmolLM2's 30; starts closer to the teacher than evenly spaced layers
-SHOWN = {  # transformers' options worth a line of help; the others work too
-    *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
-    *("gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed"),
-    *("max_grad_norm", "bf16", "gradient_checkpointing", "logging_steps", "eval_strategy", "eval_steps"),
-    *("save_strategy", "save_steps", "save_total_limit", "report_to"),
-}
+# transformers' options worth a line of help; the others work too
+SHOWN = {
+    "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed",
+    "max_grad_norm", "bf16", "gradient_checkpointing", "logging_steps", "eval_strategy", "eval_steps",
+    "save_strategy", "save_steps", "save_total_limit", "report_to",
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,7 +123,8 @@ def parse_train(argv: Sequence[str]) -> tuple[Any, Any]:
         usage="okd train METHOD --teacher MODEL --student MODEL --train-file FILE [options]",
         description=f"methods:\n{presets}",
         epilog="Every other option of transformers.TrainingArguments is taken too, but for resuming: see --resume.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # as wide as the list of methods is
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=120),
         allow_abbrev=False,
     )
     parser.add_argument("preset", nargs="?", metavar="METHOD", help=argparse.SUPPRESS)

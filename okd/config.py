@@ -225,6 +225,17 @@ class OKDConfig(
                 f"expected generate=once with a method whose teacher writes, such as seqkd; got {method.name}, whose "
                 "student learns from its own words: pass epoch or step"
             )
+        drawn = [field.name for field in dataclasses.fields(DrawOptions) if getattr(self, field.name) is not None]
+        if method.generate == "once" and drawn:
+            raise ValueError(
+                f"expected no {drawn[0]} with generate=once, which searches by beams; got {getattr(self, drawn[0])}: "
+                "leave it out, or pass generate=step"
+            )
+        if method.generate != "once" and self.num_beams != KeptOptions.num_beams:
+            raise ValueError(
+                f"expected num_beams with generate=once; got {self.num_beams} with generate={method.generate}, which "
+                "samples: leave it out"
+            )
 
 
 GROUPS = tuple(base for base in OKDConfig.__bases__ if base is not TrainingArguments)

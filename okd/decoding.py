@@ -148,15 +148,8 @@ def write(
     `top_k` likeliest (a tie is) is replaced by a sample of the teacher, and the drafts after it are dropped. There is
     no bonus token after gamma accepted ones. `top_k=0` accepts nothing: the teacher writes; `top_k=V` everything.
 
-    Rows of a batch accept different numbers of tokens. Both caches hold each row but for its last token, which opens
-    the next round in both models: so every round feeds g tokens of every row to both, whatever was accepted. Then each
-    row moves to the right in the caches by its dropped drafts. Again all rows end in one column and all padding is on
-    the left, as every attention of transformers takes it; holes under the mask would fill the cache, and sliding
-    windows would count them. The copy costs what appending one token to a `DynamicCache` does.
-
     Models should be in evaluation mode. The host waits once a round.
     """
-    device, count = next(model.parameters()).device, len(prompts)
     judges = teacher is not None and not share
     decoders = [Decoder(m, vocab_size, rollback=judges) for m in (model, teacher) if m is not None]
     sizes = [len(prompt) for prompt in prompts]
@@ -165,70 +158,111 @@ def write(
             f"expected prompts of at least two tokens and limits of at least one; got {min(sizes)} and {min(limits)}: "
             "leave such rows out"
         )
-    width, remaining = max(sizes), max(limits)
-    last_position = max(size + limit for size, limit in zip(sizes, limits, strict=True)) - 1
+    device = next(model.parameters()).device
+    rows = _Rows(decoders, prompts, limits, torch.tensor(sorted(ends), dtype=torch.long, device=device), gamma)
     uniforms = _uniforms(seeds, limits).to(device)
-    lengths, limit = torch.tensor([sizes, limits], device=device)
-    end_tokens = torch.tensor(sorted(ends), dtype=torch.long, device=device)
-    tokens = torch.tensor([[*[0] * (width - len(p)), *p] for p in prompts], device=device)
-    mask = torch.arange(width, device=device) >= width - lengths[:, None]
-    for decoder in decoders:
-        decoder.feed(tokens[:, :-1], mask[:, :-1])
-
-    last = tokens[:, -1:]  # (B, 1), in no cache yet
-    responses = tokens.new_zeros(count, remaining + gamma)
-    written = tokens.new_zeros(count)  # (B,) tokens of the response so far
-    accepted = tokens.new_zeros(count)  # (B,) of which are the student's
-    running = torch.ones(count, dtype=torch.bool, device=device)
+    remaining = max(limits)
     while remaining:
         g = min(gamma, remaining)
-        step = torch.arange(g, device=device)
-        at = written[:, None] + step  # (B, g) places in the response
-        own, theirs = uniforms.gather(2, at.clamp(max=uniforms.shape[2] - 1).expand(2, -1, -1))
-
-        grown = nn.functional.pad(mask, (0, g), value=True)  # the columns of this round's tokens
-        drafts = [last]
-        for i in range(g):
-            columns = grown[:, : mask.shape[1] + i]
-            of_models = [
-                decoder.logits(decoder.feed(drafts[-1], columns, last_position)[:, -1])
-                for decoder in (decoders if share else decoders[:1])
-            ]
-            logits = _mixture(*of_models, share) if share else of_models[0]
-            drafts.append(draw(logits, own[:, i])[:, None])
-        draft = torch.cat(drafts[1:], 1)  # (B, g)
-
+        places = rows.places(g).clamp(max=uniforms.shape[2] - 1)
+        own, theirs = uniforms.gather(2, places.expand(2, -1, -1))  # (B, g) each
+        grown, draft = rows.draft(g, draw, own, share)
         students = torch.ones_like(draft, dtype=torch.bool)  # drafted by the student, and not replaced
         if judges:
-            hidden = decoders[1].feed(torch.cat(drafts[:-1], 1), grown[:, :-1], last_position)
-            logits = decoders[1].logits(hidden)  # (B, g, V)
-            better = (logits > logits.gather(2, draft[:, :, None])).sum(2)
-            students = (better < top_k).cumprod(1).bool()
-            first = students.sum(1).clamp(max=g - 1)[:, None]  # (B, 1) where a replacement goes, if any
-            sample = teacher_draw(logits.take_along_dim(first[:, :, None], 1)[:, 0], theirs.gather(1, first)[:, 0])
-            draft = torch.where(~students & (step == first), sample[:, None], draft)
-
-        ending = torch.isin(draft, end_tokens)
-        kept = running[:, None] & (step <= students.sum(1, keepdim=True))  # a prefix of the round
-        kept &= (ending.cumsum(1) - ending.long() == 0) & (at < limit[:, None])
-        responses.scatter_(1, at, draft)
-        added = kept.sum(1)
-        written = written + added
-        accepted = accepted + (kept & students).sum(1)
-        running = running & ~(kept & ending).any(1) & (written < limit)
-        width, remaining = torch.stack([(lengths + written).max(), ((limit - written) * running).max()]).tolist()
-
+            draft, students = rows.mend(draft, grown, top_k, teacher_draw, theirs)
+        added, remaining = rows.take(draft, students)
         if not judges:  # rows that have ended write on, past what counts
-            mask, last = grown, draft[:, -1:]
+            rows.mask, rows.last = grown, draft[:, -1:]
         elif remaining:
-            columns = torch.arange(width, device=device) - width + mask.shape[1] + added[:, None]
-            mask = grown.gather(1, columns.clamp(min=0)) & (columns >= 0)
-            last = torch.cat([last, draft], 1).gather(1, added[:, None])
-            for decoder in decoders:
-                decoder.keep(columns[:, :-1].clamp(min=0))
+            rows.align(draft, grown, added)
+    responses = [r[:n] for r, n in zip(rows.responses.tolist(), rows.written.tolist(), strict=True)]
+    return Written(responses, sum(map(len, responses)), int(rows.accepted.sum()))
 
-    rows = [row[:n] for row, n in zip(responses.tolist(), written.tolist(), strict=True)]
-    return Written(rows, sum(map(len, rows)), int(accepted.sum()))
+
+class _Rows:
+    """The rows of a batch while they are written.
+
+    Rows of a batch accept different numbers of tokens. Both caches hold each row but for its last token, which opens
+    the next round in both models: so every round feeds g tokens of every row to both, whatever was accepted. Then each
+    row moves to the right in the caches by its dropped drafts. Again all rows end in one column and all padding is on
+    the left, as every attention of transformers takes it; holes under the mask would fill the cache, and sliding
+    windows would count them. The copy costs what appending one token to a `DynamicCache` does.
+    """
+
+    def __init__(
+        self,
+        decoders: Sequence[Decoder],
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        ends: Tensor,
+        gamma: int,
+    ):
+        sizes = [len(prompt) for prompt in prompts]
+        self.decoders, self.ends, self.width = decoders, ends, max(sizes)
+        self.last_position = max(size + limit for size, limit in zip(sizes, limits, strict=True)) - 1
+        self.lengths, self.limit = torch.tensor([sizes, limits], device=ends.device)
+        tokens = torch.tensor([[0] * (self.width - len(p)) + list(p) for p in prompts], device=ends.device)
+        self.mask = torch.arange(self.width, device=ends.device) >= self.width - self.lengths[:, None]
+        for decoder in decoders:
+            decoder.feed(tokens[:, :-1], self.mask[:, :-1])
+        self.last = tokens[:, -1:]  # (B, 1), in no cache yet
+        self.responses = tokens.new_zeros(len(prompts), max(limits) + gamma)
+        self.written = tokens.new_zeros(len(prompts))  # (B,) tokens of the response so far
+        self.accepted = tokens.new_zeros(len(prompts))  # (B,) of which are the student's
+        self.running = torch.ones(len(prompts), dtype=torch.bool, device=ends.device)
+
+    def places(self, g: int) -> Tensor:
+        """(B, g) of the next tokens in the responses."""
+        return self.written[:, None] + torch.arange(g, device=self.written.device)
+
+    def draft(self, g: int, draw: Draw, own: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """The mask (B, W + g) with the columns of this round's tokens, and the tokens (B, g)."""
+        grown = nn.functional.pad(self.mask, (0, g), value=True)
+        tokens = [self.last]
+        for i in range(g):
+            columns = grown[:, : self.mask.shape[1] + i]
+            logits = [
+                decoder.logits(decoder.feed(tokens[-1], columns, self.last_position)[:, -1])
+                for decoder in (self.decoders if share else self.decoders[:1])
+            ]
+            tokens.append(draw(_mixture(logits[0], logits[1], share) if share else logits[0], own[:, i])[:, None])
+        return grown, torch.cat(tokens[1:], 1)
+
+    def mend(
+        self, draft: Tensor, grown: Tensor, top_k: int, teacher_draw: Draw, theirs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The draft with the first token that the teacher would not say replaced, and which are the student's."""
+        fed, g = torch.cat([self.last, draft[:, :-1]], 1), draft.shape[1]
+        logits = self.decoders[1].logits(self.decoders[1].feed(fed, grown[:, :-1], self.last_position))  # (B, g, V)
+        better = (logits > logits.gather(2, draft[:, :, None])).sum(2)
+        students = (better < top_k).cumprod(1).bool()
+        first = students.sum(1).clamp(max=g - 1)[:, None]  # (B, 1) where a replacement goes, if any
+        sample = teacher_draw(logits.take_along_dim(first[:, :, None], 1)[:, 0], theirs.gather(1, first)[:, 0])
+        here = torch.arange(g, device=draft.device) == first
+        return torch.where(~students & here, sample[:, None], draft), students
+
+    def take(self, draft: Tensor, students: Tensor) -> tuple[Tensor, int]:
+        """Add what counts of the draft: (B,) tokens of each row; and how many the longest still wants."""
+        step, at = torch.arange(draft.shape[1], device=draft.device), self.places(draft.shape[1])
+        ending = torch.isin(draft, self.ends)
+        kept = self.running[:, None] & (step <= students.sum(1, keepdim=True))  # a prefix of the round
+        kept &= (ending.cumsum(1) - ending.long() == 0) & (at < self.limit[:, None])
+        self.responses.scatter_(1, at, draft)
+        added = kept.sum(1)
+        self.written = self.written + added
+        self.accepted = self.accepted + (kept & students).sum(1)
+        self.running = self.running & ~(kept & ending).any(1) & (self.written < self.limit)
+        remaining = ((self.limit - self.written) * self.running).max()
+        self.width, remaining = torch.stack([(self.lengths + self.written).max(), remaining]).tolist()
+        return added, remaining
+
+    def align(self, draft: Tensor, grown: Tensor, added: Tensor) -> None:
+        """Move each row to the right in the caches by the drafts that it dropped."""
+        columns = torch.arange(self.width, device=draft.device) - self.width + self.mask.shape[1] + added[:, None]
+        self.mask = grown.gather(1, columns.clamp(min=0)) & (columns >= 0)
+        self.last = torch.cat([self.last, draft], 1).gather(1, added[:, None])
+        for decoder in self.decoders:
+            decoder.keep(columns[:, :-1].clamp(min=0))
 
 
 def _uniforms(seeds: Sequence[int], limits: Sequence[int]) -> Tensor:

@@ -67,32 +67,15 @@ def exposure_bias(
         "progress": progress,
     }
 
-    def responses(writer: Any, size: int) -> list[list[int]]:
-        with seeded(seed, student):
-            return generate_responses(
-                writer,
-                asked,
-                ends=end_tokens(tokenizer, student, teacher),
-                max_new_tokens=max_new_tokens,
-                suppress_tokens=list(range(shared, size)) or None,  # padding
-                **{**options, **SAMPLED},
-            )
-
-    def errors(written: list[list[int]]) -> torch.Tensor:
-        """(max_new_tokens,) mean KL of each step after these prefixes."""
-        total = torch.zeros(max_new_tokens, dtype=torch.float64)
-        sequences = [
-            {"id": "", "input_ids": prompt + response, "labels": [IGNORE] * len(prompt) + response}
-            for prompt, response in zip(asked, written, strict=True)
-        ]
-        for statistics in token_statistics(student, teacher, sequences, vocab_size=shared, **options):
-            total[: statistics.shape[1]] += statistics[STATISTICS.index("forward_kl")]
-        return total / len(asked)
-
-    by_student = responses(student, heads[0])
-    with as_it_was(teacher) as base:
-        by_teacher = responses(base, heads[1])
-    own, given = errors(by_student), errors(by_teacher)
+    sampled = {"ends": end_tokens(tokenizer, student, teacher), "max_new_tokens": max_new_tokens, **options, **SAMPLED}
+    with seeded(seed, student):
+        by_student = generate_responses(student, asked, suppress_tokens=_padding(shared, heads[0]), **sampled)
+    with as_it_was(teacher) as base, seeded(seed, student):
+        by_teacher = generate_responses(base, asked, suppress_tokens=_padding(shared, heads[1]), **sampled)
+    own, given = (
+        _errors(student, teacher, asked, written, max_new_tokens, vocab_size=shared, **options)
+        for written in (by_student, by_teacher)
+    )
     metrics: dict[str, float | None] = {
         "student_steps": sum(map(len, by_student)) / len(asked),
         "teacher_steps": sum(map(len, by_teacher)) / len(asked),
@@ -101,3 +84,22 @@ def exposure_bias(
         expected = given[:length].sum().item()
         metrics[f"exaccerr_{length}"] = 100 * (own[:length].sum().item() / expected - 1) if expected else None
     return metrics
+
+
+def _padding(shared: int, size: int) -> list[int] | None:
+    """Ids that only one of the models has."""
+    return list(range(shared, size)) or None
+
+
+def _errors(
+    student: Any, teacher: Any, asked: list[list[int]], written: list[list[int]], steps: int, **options: Any
+) -> torch.Tensor:
+    """(steps,) mean KL of each step after these prefixes."""
+    total = torch.zeros(steps, dtype=torch.float64)
+    sequences: list[Row] = [
+        {"id": "", "input_ids": prompt + response, "labels": [IGNORE] * len(prompt) + response}
+        for prompt, response in zip(asked, written, strict=True)
+    ]
+    for statistics in token_statistics(student, teacher, sequences, **options):
+        total[: statistics.shape[1]] += statistics[STATISTICS.index("forward_kl")]
+    return total / len(asked)

@@ -134,7 +134,8 @@ class Lines(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and (shown := brief(logs or {})):
             numbers = "  ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"step {state.global_step:,} of {state.max_steps:,}  {numbers}", flush=True)
+            place = f"step {state.global_step:,} of {state.max_steps:,}" if state.max_steps else "before training"
+            print(f"{place}  {numbers}", flush=True)
 
 
 @contextmanager

@@ -227,7 +227,7 @@ def describe_parameters(student: nn.Module, teacher: nn.Module | None) -> str:
     """Which parameters train on each side, and how many, for the log."""
     lines = []
     for name, model in (("student", student), ("teacher", teacher)):
-        if model is None:
+        if model is None or not any(True for _ in model.parameters()):
             continue
         shapes = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
         total = sum(p.numel() for p in model.parameters())

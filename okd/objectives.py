@@ -481,6 +481,12 @@ def routed(pair: StudentTeacher, batch: Batch, totals: Totals) -> DistillationLo
     Metrics beyond the usual: `distillation_loss`, D alone.
     """
     teachers: Any = pair.teacher
+    lost = [row for row, name in zip(batch["ids"], batch["teachers"], strict=True) if name not in teachers.names]
+    if lost:
+        raise ValueError(
+            f'expected "teacher" of every example to be one of {", ".join(teachers.names)}; got another, or none, in '
+            f"{', '.join(lost[:5])}: correct it, in the held-out examples too"
+        )
     student, parts = pair.student_rows(batch), []
     for i, name in enumerate(teachers.names):
         rows = [row for row, of in enumerate(batch["teachers"]) if of == name]

@@ -25,23 +25,32 @@ def option(
     choices: tuple[str, ...] | None = None,
 ) -> Any:
     """A dataclass field with its help on the command line, and what `check` holds its value to."""
-    return dataclasses.field(
-        default=default, metadata={"help": help, "least": least, "above": above, "most": most, "choices": choices}
-    )
+    text = Help(help)
+    text.least, text.above, text.most, text.choices = least, above, most, choices
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+class Help(str):
+    """What an option is, and its limits: in one, since HfArgumentParser gives all metadata of a field to argparse."""
+
+    least: float | None
+    above: float | None
+    most: float
+    choices: tuple[str, ...] | None
 
 
 def check(options: Any) -> None:
     """Raise ValueError for a value out of its range. None is always allowed: it leaves the choice to the method."""
     for field in dataclasses.fields(options):
-        value, limits = getattr(options, field.name), field.metadata
-        if value is None or "least" not in limits:
+        value, limits = getattr(options, field.name), field.metadata.get("help")
+        if value is None or not isinstance(limits, Help):
             continue
-        if limits["choices"] is not None and value not in limits["choices"]:
-            raise ValueError(f"expected {field.name} to be one of {', '.join(limits['choices'])}; got {value!r}")
-        least, above, most = limits["least"], limits["above"], limits["most"]
+        if limits.choices is not None and value not in limits.choices:
+            raise ValueError(f"expected {field.name} to be one of {', '.join(limits.choices)}; got {value!r}")
+        least, above, most = limits.least, limits.above, limits.most
         if least is None and above is None:
             continue
-        low = value >= least if above is None else value > above
+        low = above < value if above is not None else least is None or least <= value
         if not (low and value <= most and value < math.inf):
             bound = f"at least {least}" if above is None else f"above {above}"
             bound += f" and at most {most}" if most < math.inf else ", and finite"

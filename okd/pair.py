@@ -140,6 +140,21 @@ class StudentTeacher(nn.Module):
         if self.teacher is not None and self.teacher.learns:
             self.teacher.gradient_checkpointing_enable(**options)
 
+    def parameter_groups(self, decaying: set[str]) -> list[dict[str, Any]]:
+        """For one optimizer: the student's weights that decay, those that do not, what weighs several teachers, and the
+        teacher's online module. `decaying`: names of weights of the student."""
+        options, student = self.options, [(n, p) for n, p in self.student.named_parameters() if p.requires_grad]
+        of_student = {p for _, p in student}
+        rates = (options.learning_rate, options.selection_learning_rate, options.online_learning_rate)
+        sides = self.sides()
+        groups = [
+            ([p for n, p in student if n in decaying], options.weight_decay, rates[0]),
+            ([p for n, p in student if n not in decaying], 0.0, rates[0]),
+            ([p for p in sides["student"] if p not in of_student], 0.0, 1e-2 if rates[1] is None else rates[1]),
+            (sides["teacher"], 0.0, rates[0] if rates[2] is None else rates[2]),
+        ]
+        return [{"params": p, "weight_decay": decay, "lr": rate} for p, decay, rate in groups if p]
+
     def sides(self) -> dict[str, list[nn.Parameter]]:
         """What trains, by side; what selects among teachers trains with the student."""
         selection: Iterable[nn.Parameter] = () if self.selection is None else self.selection.parameters()

@@ -27,7 +27,7 @@ import okd_kernels
 from okd.checkpoints import ADAPTER
 from okd.checks import check_number_of_teachers
 from okd.config import OKDConfig
-from okd.data import encode, read_jsonl, split_by_hash
+from okd.data import Row, encode, read_jsonl, split_by_hash
 from okd.ensemble import is_adapter, load_ensemble, named_sources
 from okd.evaluate import evaluate
 from okd.models import check_tokenizers, keep_layers, load_model, load_tokenizer, parse_layers
@@ -48,35 +48,20 @@ RUN_FILES = {
     "selection.safetensors",
     "teacher_average",
 }
-RECORDED = {  # transformers' options that decide a run, written down even at their defaults
-    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
-    *(
-        "lr_scheduler_type",
-        "warmup_steps",
-        "optim",
-        "adam_beta1",
-        "adam_beta2",
-        "weight_decay",
-        "max_grad_norm",
-        "seed",
-    ),
-}
-
-FREE_TO_CHANGE = {  # options that may be others where a run goes on; not the *_steps, which its checkpoint holds
-    *("output_dir", "max_steps", "num_train_epochs", "per_device_eval_batch_size", "save_total_limit", "use_cpu"),
-    *("gradient_checkpointing", "activation_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps"),
-    *(
-        "report_to",
-        "run_name",
-        "project",
-        "disable_tqdm",
-        "log_level",
-        "logging_dir",
-        "logging_first_step",
-        "ddp_backend",
-    ),
-    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "push_to_hub", "hub_model_id"),
-}
+# transformers' options that decide a run, written down even at their defaults
+RECORDED = {
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "weight_decay",
+    "max_grad_norm", "seed",
+}  # fmt: skip
+# options that may be others where a run goes on; not the *_steps, which its checkpoint holds
+FREE_TO_CHANGE = {
+    "output_dir", "max_steps", "num_train_epochs", "per_device_eval_batch_size", "save_total_limit", "use_cpu",
+    "gradient_checkpointing", "activation_checkpointing", "gradient_checkpointing_kwargs",
+    "torch_empty_cache_steps", "report_to", "run_name", "project", "disable_tqdm", "log_level", "logging_dir",
+    "logging_first_step", "ddp_backend", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_prefetch_factor", "push_to_hub", "hub_model_id",
+}  # fmt: skip
 
 
 @dataclass
@@ -123,44 +108,28 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
     Under `args.output_dir`: student/, teacher_adapter/, metrics.json, config.yaml, log.jsonl, curves.png, checkpoints.
     Raises ValueError, FileNotFoundError, FileExistsError saying what to do.
     """
-    started = time.perf_counter()
-    output_dir = Path(str(args.output_dir))
-    method, sources = args.resolved, named_sources(config.teachers or [config.teacher or ""][: bool(config.teacher)])
-    if config.teacher is not None and config.teachers:
-        raise ValueError("expected --teacher, or several as --teachers; got both: put the first into --teachers")
-    if not sources and (config.student is None or (method.needs_teacher and args.self_teacher is None)):
-        raise ValueError(f"expected a teacher for method {method.name}; got none: pass --teacher, or --self-teacher")
-    if method.needs_teacher and sources:
-        check_number_of_teachers(method, len(sources))
+    started, output_dir, method = time.perf_counter(), Path(str(args.output_dir)), args.resolved
+    sources = _sources(config, args)
     train_examples, held_out = _examples(config, examples)
     checkpoint = _check_output_dir(config, output_dir)
-    first_process = args.process_index == 0
     transformers.set_seed(args.seed)
     student, teacher, tokenizer = _models(config, sources, args.device)
     if checkpoint and args.online and method.online_module == "non_salient":  # chosen once, not again
         teacher = PeftModel.from_pretrained(teacher, str(Path(checkpoint) / ADAPTER), is_trainable=True)
 
-    rows = {}
-    for name, part in (("train", train_examples), ("held-out", held_out)):
-        encoded = encode(part, tokenizer, max_length=args.max_length, chat_template=args.chat_template)
-        if first_process:
-            print(f"{name}: {encoded.summary()}")
-        rows[name] = encoded.rows
-    texts = None if config.lm_file is None else read_jsonl(config.lm_file)
-    measured = rows["held-out"][: config.eval_examples]
-
     # Before the trainer, whose accelerator would miss what this sets up anew.
     written_config = yaml.safe_dump(exact_config(config, args), sort_keys=False)
     if checkpoint:
         _check_same_run(output_dir / "config.yaml", written_config)
+    rows = _encoded(tokenizer, args, train_examples, held_out)
     trainer = OKDTrainer(
         student,
         teacher,
         args,
         train_dataset=rows["train"],
-        eval_dataset=measured,
+        eval_dataset=rows["held-out"][: config.eval_examples],
         processing_class=tokenizer,
-        text_dataset=texts,
+        text_dataset=None if config.lm_file is None else read_jsonl(config.lm_file),
     )
     if trainer.is_sharded:
         raise ValueError(
@@ -168,62 +137,96 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
             "OKDTrainer from a script, and okd evaluate afterwards"
         )
     prompts = {example["id"]: example["prompt"] for example in held_out if "prompt" in example}
-
-    def measure() -> tuple[dict[str, Any], list[dict[str, str]]]:
-        judge = trainer.pair.teacher
-        if judge is None and teacher is not None:  # the trainer of a method without a teacher leaves it where it was
-            judge = teacher.to(args.device)
-        with trainer.accelerator.autocast():
-            scores, answers = evaluate(
-                student,
-                judge if getattr(judge, "judges", True) else None,
-                tokenizer,
-                measured,
-                batch_size=args.per_device_eval_batch_size,
-                vocab_size=args.vocab_size,
-                generate=config.eval_answers,
-                max_new_tokens=config.eval_max_new_tokens,
-                progress=first_process and not args.disable_tqdm,
-            )
-        return scores, [{**answer, "prompt": prompts.get(answer["id"], answer["prompt"])} for answer in answers]
-
     before_file = output_dir / "before.json"
     if checkpoint and before_file.is_file():
-        before, answers_before = json.loads(before_file.read_text())
+        before = json.loads(before_file.read_text())
     else:
-        before, answers_before = measure()
+        before = _measured(trainer, teacher, config, prompts)
     trainer.accelerator.wait_for_everyone()  # all have looked at output_dir
-    if first_process:
+    if args.process_index == 0:
         if config.overwrite and not checkpoint:
             _remove_run(output_dir)
         _write(output_dir / "config.yaml", written_config)
-        _write(before_file, json.dumps([before, answers_before]))
+        _write(before_file, json.dumps(before))
     training_started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    training_seconds = time.perf_counter() - training_started
+    seconds = {"training": round(time.perf_counter() - training_started, 1)}
     trainer.save_model(str(output_dir))
-    if first_process and any("loss" in entry for entry in trainer.state.log_history):
-        plot_curves(trainer.state.log_history, output_dir / "curves.png")
-    after, answers_after = measure()
-
+    after = _measured(trainer, teacher, config, prompts)
+    seconds["all"] = round(time.perf_counter() - started, 1)
     metrics = {
-        "before": before,
-        "after": after,
+        "before": before[0],
+        "after": after[0],
         "method": method.name,
         "seed": args.seed,
         "steps": result.global_step,
-        "seconds": {"training": round(training_seconds, 1), "all": round(time.perf_counter() - started, 1)},
+        "seconds": seconds,
         "versions": versions(),
     }
-    if not first_process:
-        return metrics
-    _write(output_dir / "metrics.json", json.dumps(metrics, indent=2))
-    before_file.unlink()
-    print(f"\n{format_table(before, after)}")
-    if answers_before:
-        print(f"\n{format_samples(answers_before, answers_after, count=3)}")
-    print(f"\nStudent, metrics and curves are in {output_dir} ({metrics['seconds']['all']:.0f} s).")
+    if args.process_index == 0:
+        _report(trainer, output_dir, metrics, before[1], after[1])
     return metrics
+
+
+Measured = tuple[dict[str, Any], list[dict[str, str]]]  # metrics and answers, as `okd.evaluate` has them
+
+
+def _sources(config: RunConfig, args: OKDConfig) -> dict[str, str]:
+    """Where the teachers come from, by name; raises ValueError where the method wants others."""
+    if config.teacher is not None and config.teachers:
+        raise ValueError("expected --teacher, or several as --teachers; got both: put the first into --teachers")
+    given = [config.teacher] if config.teacher is not None else config.teachers or []
+    sources, method = named_sources(given), args.resolved
+    if not sources and (config.student is None or (method.needs_teacher and args.self_teacher is None)):
+        raise ValueError(f"expected a teacher for method {method.name}; got none: pass --teacher, or --self-teacher")
+    if method.needs_teacher and sources:
+        check_number_of_teachers(method, len(sources))
+    return sources
+
+
+def _encoded(tokenizer: Any, args: OKDConfig, train: list[Any], held_out: list[Any]) -> dict[str, list[Row]]:
+    rows = {}
+    for name, part in (("train", train), ("held-out", held_out)):
+        encoded = encode(part, tokenizer, max_length=args.max_length, chat_template=args.chat_template)
+        if args.process_index == 0:
+            print(f"{name}: {encoded.summary()}")
+        rows[name] = encoded.rows
+    return rows
+
+
+def _measured(trainer: OKDTrainer, teacher: Any, config: RunConfig, prompts: dict[str, str]) -> Measured:
+    """Of the held-out rows; answers stand beside the prompts as the data have them."""
+    args, judge = trainer.args, trainer.pair.teacher
+    if judge is None and teacher is not None:  # the trainer of a method without a teacher leaves it where it was
+        judge = teacher.to(args.device)
+    rows: Any = trainer.eval_dataset
+    with trainer.accelerator.autocast():
+        scores, answers = evaluate(
+            trainer.pair.student,
+            judge if getattr(judge, "judges", True) else None,
+            trainer.tokenizer,
+            rows,
+            batch_size=args.per_device_eval_batch_size,
+            vocab_size=args.vocab_size,
+            generate=config.eval_answers,
+            max_new_tokens=config.eval_max_new_tokens,
+            progress=args.process_index == 0 and not args.disable_tqdm,
+        )
+    return scores, [{**answer, "prompt": prompts.get(answer["id"], answer["prompt"])} for answer in answers]
+
+
+def _report(
+    trainer: OKDTrainer, output_dir: Path, metrics: dict[str, Any], before: list[dict], after: list[dict]
+) -> None:
+    """Curves, metrics.json, and what a person reads at the end."""
+    if any("loss" in entry for entry in trainer.state.log_history):
+        plot_curves(trainer.state.log_history, output_dir / "curves.png")
+    _write(output_dir / "metrics.json", json.dumps(metrics, indent=2))
+    (output_dir / "before.json").unlink()
+    print(f"\n{format_table(metrics['before'], metrics['after'])}")
+    if before:
+        print(f"\n{format_samples(before, after, count=3)}")
+    print(f"\nStudent, metrics and curves are in {output_dir} ({metrics['seconds']['all']:.0f} s).")
 
 
 def versions() -> dict[str, str]:

@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -110,6 +111,7 @@ class Kept:
     def __init__(self, directory: Path, name: str, rank: int):
         self.directory, self.file = directory, directory / f"{name}_{rank}.jsonl"
         self.found: dict[str, list[int]] = {}
+        self.is_cut = self.file.is_file() and not self.file.read_text().endswith("\n")
         for path in sorted(directory.glob(f"{name}_*.jsonl")):
             for line in path.read_text().splitlines():
                 try:
@@ -122,7 +124,15 @@ class Kept:
         if write and responses:
             self.directory.mkdir(parents=True, exist_ok=True)
             with self.file.open("a") as file:
+                file.write("\n" * self.is_cut)
+                self.is_cut = False
                 file.writelines(json.dumps({key: ids}) + "\n" for key, ids in responses.items())
+
+
+class Asked(NamedTuple):
+    name: str  # id of the row
+    prompt: list[int]  # as the writer reads it
+    limit: int  # longest response
 
 
 class Sampler:
@@ -170,7 +180,7 @@ class Sampler:
             self.note(student_written_rows=sum(row.get("writer") == STUDENT for row in rows))
             if self.texts:
                 place = (step * self.options.gradient_accumulation_steps + i) * ranks() + self.options.process_index
-                rows = rows + self._texts(place * len(batch["ids"]), len(batch["ids"]))
+                rows = rows + self._texts(place * self.options.per_device_train_batch_size, len(batch["ids"]))
             collated: Any = self.collate(rows)
             result.append({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in collated.items()})
         return result
@@ -197,9 +207,9 @@ class Sampler:
         """
         asked = self._answerable(rows, writer)
         if self.method.generate == "step":
-            responses = self._write([asked[i] for i in asked], [rows[i]["id"] for i in asked], writer, share)
+            responses = self._write(list(asked.values()), writer, share)
         else:
-            responses = self._looked_up([asked[i] for i in asked], [rows[i]["id"] for i in asked], writer)
+            responses = self._looked_up(list(asked.values()), writer)
         result = list(rows)
         for i, response in zip(asked, responses, strict=True):
             prompt, _ = prompt_and_reference(rows[i])
@@ -207,27 +217,32 @@ class Sampler:
             result[i] = Row(id=rows[i]["id"], input_ids=prompt + response, labels=labels, writer=writer)
             for name in ("teacher", "teacher_prompt"):
                 if name in rows[i]:
-                    result[i][name] = rows[i][name]  # type: ignore[literal-required]
+                    result[i][name] = rows[i][name]
         return result
 
-    def _answerable(self, rows: Sequence[Row], writer: str) -> dict[int, list[int]]:
-        """Index and prompt of the rows whose prompt asks for something, and leaves room for it."""
+    def _answerable(self, rows: Sequence[Row], writer: str) -> dict[int, Asked]:
+        """By index, the rows whose prompt asks for something, and leaves room for it."""
         found = {}
         for i, row in enumerate(rows):
             prompt, _ = prompt_and_reference(row)
-            read = row.get("teacher_prompt", prompt) if writer == TEACHER else prompt
-            if len(prompt) > 1 and self._limit(prompt) > 0 and self._limit(read) > 0:
-                found[i] = read
+            told = row.get("teacher_prompt", prompt)
+            limit = self._limit(prompt, told)
+            if len(prompt) > 1 and limit > 0:
+                found[i] = Asked(row["id"], told if writer == TEACHER else prompt, limit)
         return found
 
-    def _limit(self, prompt: Sequence[int]) -> int:
-        """Longest response to the prompt, in tokens, that the data's limit and both models have positions for."""
-        models = [self.pair.student, None if self.pair.teacher is None else self.pair.teacher.model]
-        known = [length for length in map(position_limit, models) if length is not None]
-        return min(self.options.max_new_tokens, min([self.options.max_length, *known]) - len(prompt))
+    def _limit(self, prompt: Sequence[int], told: Sequence[int]) -> int:
+        """Longest response, in tokens, that the data's limit and both models have positions for, each after its prompt;
+        the teacher's may be another."""
+        rooms = [self.options.max_new_tokens, self.options.max_length - len(prompt)]
+        teacher = None if self.pair.teacher is None else self.pair.teacher.model
+        for model, read in ((self.pair.student, prompt), (teacher, told)):
+            if (positions := position_limit(model)) is not None:
+                rooms.append(positions - len(read))
+        return min(rooms)
 
-    def _write(self, prompts: list[list[int]], names: list[str], writer: str, share: float = 0.0) -> list[list[int]]:
-        if not prompts:
+    def _write(self, asked: Sequence[Asked], writer: str, share: float = 0.0) -> list[list[int]]:
+        if not asked:
             return []
         options, student, teacher = self.options, self.pair.student, self.pair.teacher
         chosen: dict[str, Any] = {"draw": self.method.draw}
@@ -245,11 +260,11 @@ class Sampler:
         with evaluating(*models), self._author(writer) as author:
             written = write(
                 author,
-                prompts,
-                [self._limit(prompt) for prompt in prompts],
+                [one.prompt for one in asked],
+                [one.limit for one in asked],
                 ends=end_tokens(self.tokenizer, *models),
                 vocab_size=self._vocab_size(),
-                seeds=[seed_of(options.seed, self.step, name, writer) for name in names],
+                seeds=[seed_of(options.seed, self.step, one.name, writer) for one in asked],
                 **chosen,
             )
         self.note(generated_tokens=written.tokens)
@@ -272,16 +287,14 @@ class Sampler:
 
     # --- responses that are kept
 
-    def _looked_up(self, prompts: list[list[int]], names: list[str], writer: str) -> list[list[int]]:
+    def _looked_up(self, asked: Sequence[Asked], writer: str) -> list[list[int]]:
         """Kept responses; what is missing is written, and kept."""
         kept = self._kept(writer)
-        keys = [self._key(prompt) for prompt in prompts]
-        missing = {key: (p, name) for key, p, name in zip(keys, prompts, names, strict=True) if key not in kept.found}
+        keys = [self._key(one) for one in asked]
+        missing = {key: one for key, one in zip(keys, asked, strict=True) if key not in kept.found}
         if missing:
-            new_prompts, new_names = ([x[i] for x in missing.values()] for i in (0, 1))
-            once = self.method.generate == "once"
-            found = self._beams(new_prompts) if once else self._write(new_prompts, new_names, writer)
-            kept.put(dict(zip(missing, found, strict=True)))
+            new, once = list(missing.values()), self.method.generate == "once"
+            kept.put(dict(zip(missing, self._beams(new) if once else self._write(new, writer), strict=True)))
         return [kept.found[key] for key in keys]
 
     def _kept(self, writer: str) -> Kept:
@@ -293,34 +306,54 @@ class Sampler:
             self.kept[name] = Kept(directory, name, self.options.process_index)
         return self.kept[name]
 
-    def _key(self, prompt: Sequence[int]) -> str:
-        """Of a prompt as it is answered by this run's models, options and seed."""
-        options, teacher = self.options, self.pair.teacher
-        head = teacher.head().weight if teacher.judges else torch.zeros(1, 1)
-        of_teacher = [round(x, 4) for x in head[:2, :8].flatten().tolist()]
-        how = (options.seed, options.max_new_tokens, options.num_beams, self.method.draw, self.method.generate)
-        return f"{seed_of(*prompt, *of_teacher, *how):x}"
+    def _key(self, asked: Asked) -> str:
+        """Of a prompt as it is answered by this run's teacher, options and seed."""
+        return f"{seed_of(self._how, asked.limit, *asked.prompt):x}"
 
-    def _beams(self, prompts: list[list[int]]) -> list[list[int]]:
+    @cached_property
+    def _how(self) -> int:
+        """A few numbers of every weight of the teacher, without those that train; and how responses are written."""
+        options, teacher, weights = self.options, self.pair.teacher, []
+        training = {id(p) for p in teacher.parameters() if p.requires_grad}
+        if teacher.judges:
+            with teacher.as_it_was() as model:
+                for p in (p for p in model.parameters() if id(p) not in training):
+                    weights.append(p.detach().flatten()[:: max(1, p.numel() // 8)].float())
+        numbers = torch.cat(weights).tolist() if weights else []
+        how = (options.seed, options.num_beams, self.method.draw, self.method.generate, self._vocab_size())
+        return seed_of(*numbers, *how)
+
+    def _beams(self, asked: Sequence[Asked]) -> list[list[int]]:
         """The teacher's most probable responses, by beam search (sequence-level KD, arXiv 1606.07947)."""
         with self._author(TEACHER) as author:
             size = len(LinearHead.from_model(author).weight)
             responses = [
                 generate_responses(
                     author,
-                    [prompt],
+                    [one.prompt],
                     ends=end_tokens(self.tokenizer, self.pair.student, author),
                     pad_token_id=padding_token(self.tokenizer),
-                    max_new_tokens=self._limit(prompt),
+                    max_new_tokens=one.limit,
                     batch_size=1,
                     progress=False,
                     num_beams=self.options.num_beams,
                     suppress_tokens=list(range(self._vocab_size(), size)) or None,
                 )[0]
-                for prompt in prompts
+                for one in asked
             ]
         self.note(generated_tokens=sum(map(len, responses)))
         return responses
+
+    def begin_run(self, epoch: int) -> None:
+        """Forget what the student of an earlier run in this directory wrote for later epochs (-1: for any); and then
+        what a self-teacher did, which was made of that student."""
+        self.kept, teacher = {}, self.pair.teacher
+        is_self_taught = teacher is not None and not teacher.judges
+        if self.options.local_process_index == 0:
+            for path in (Path(str(self.options.output_dir)) / "responses").glob("*.jsonl"):
+                writer, number, *_ = path.stem.split("_")
+                if int(number) > epoch if writer == STUDENT else epoch < 0 and is_self_taught:
+                    path.unlink()
 
     def begin_epoch(self, epoch: int) -> None:
         """Write what the epoch will read, each process a share of it: the student's responses, and, where they are
@@ -331,12 +364,12 @@ class Sampler:
         started, size = time.perf_counter(), self.options.per_device_eval_batch_size
         for writer in (TEACHER, STUDENT) if self.method.responses is paired else (TEACHER,):
             kept, asked = self._kept(writer), self._answerable(self.rows, writer)
-            missing = [i for i in asked if self._key(asked[i]) not in kept.found]
-            own = sorted(missing[self.options.process_index :: ranks()], key=lambda i: len(asked[i]))
+            share = list(asked.values())[self.options.process_index :: ranks()]
+            own = sorted((one for one in share if self._key(one) not in kept.found), key=lambda one: len(one.prompt))
             for start in range(0, len(own), size):
                 part = own[start : start + size]
-                written = self._write([asked[i] for i in part], [self.rows[i]["id"] for i in part], writer)
-                kept.put({self._key(asked[i]): ids for i, ids in zip(part, written, strict=True)})
+                written = self._write(part, writer)
+                kept.put({self._key(one): ids for one, ids in zip(part, written, strict=True)})
             if ranks() > 1:
                 for found in gather_object([kept.found]):
                     kept.put(found, write=False)

@@ -190,33 +190,35 @@ class Policy(Selection):
         sums = [torch.stack([x.new_tensor(len(x)), x.sum(), x.square().sum()]) for x in rises]
         count, total, squares = summed(torch.stack(sums).sum(0))
         mean = total / count
-        found = torch.stack([mean, squares / count - mean.square(), mean.new_tensor(accuracy)])
         usual, usual_variance, usual_accuracy = self.moments.clone()
+        variance = squares / count - mean.square() if count > 1 else (mean - usual).square()
+        found = torch.stack([mean, variance, mean.new_tensor(accuracy)])
         first = self.updates == 0
         self.updates += 1
         self.moments.lerp_(found, (1 / self.updates).clamp_min(self.RATE))
-        gradients = []
-        for one, rise in zip(drawn, rises, strict=True):
-            others = (total - rise) / (count - 1) if count > 1 else usual
-            advantage = (rise - others + accuracy - usual_accuracy) / usual_variance.clamp_min(1e-12).sqrt()
-            if not (first or one.is_warm_up):  # at first there is nothing to compare with
-                gradients.append((one, advantage.unsqueeze(1) * (one.actions - self.scores(one.states).sigmoid())))
-        self._ascend(gradients, count)
+        with torch.autocast(self.bias.device.type, enabled=False):  # as in the lesson
+            gradients = []
+            for one, rise in zip(drawn, rises, strict=True):
+                others = (total - rise) / (count - 1) if count > 1 else usual
+                advantage = (rise - others + accuracy - usual_accuracy) / usual_variance.clamp_min(1e-12).sqrt()
+                if not (first or one.is_warm_up):  # at first there is nothing to compare with
+                    gradients.append((one, advantage.unsqueeze(1) * (one.actions - self.scores(one.states).sigmoid())))
+            self._ascend(gradients, count)
         return {"reward_rise": mean.item()}
 
     def _rewards(self, pair: StudentTeacher, one: Drawn) -> tuple[Tensor, Tensor]:
         """(B,) after the update, and before it with all teachers in place of the selected."""
-        lesson = one.lesson
-        before = lesson.mean @ lesson.losses[0].metrics["student_nll"].to(lesson.mean.dtype)
+        lesson, targets, c = one.lesson, one.lesson.batch["targets"], pair.student_objective.ce_weight
         taught = lesson.taught if self.reward != "ce" else lesson.taught[:1]
-        student, targets = pair.student_rows(lesson.batch), lesson.batch["targets"]
+        student = pair.student_rows(lesson.batch)
         losses = [pair.distil(student, r, targets, teacher_head=h, reduction="none") for r, h in taught]
-        after = lesson.mean @ losses[0].metrics["student_nll"].to(lesson.mean.dtype)
-        if self.reward != "ce":
-            c = pair.student_objective.ce_weight
-            kd = torch.stack([loss.student - c * loss.metrics["student_nll"] for loss in losses], 1)
-            after = after + (one.weights * (lesson.mean @ kd.to(lesson.mean.dtype))).sum(1)
-            before = before + (lesson.mean @ lesson.divergences.to(lesson.mean.dtype)).mean(1)
+        with torch.autocast(student.device.type, enabled=False):  # small differences of large sums
+            nlls = [of[0].metrics["student_nll"].to(lesson.mean.dtype) for of in (lesson.losses, losses)]
+            before, after = (lesson.mean @ nll for nll in nlls)
+            if self.reward != "ce":
+                kd = torch.stack([loss.student - c * loss.metrics["student_nll"] for loss in losses], 1)
+                after = after + (one.weights * (lesson.mean @ kd.to(lesson.mean.dtype))).sum(1)
+                before = before + (lesson.mean @ lesson.divergences.to(lesson.mean.dtype)).mean(1)
         return -after, -before
 
     def _ascend(self, gradients: list[tuple[Drawn, Tensor]], count: Tensor) -> None:

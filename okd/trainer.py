@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from okd.data import Batch, Collator, encoded_rows
 from okd.evaluate import Evaluation
 from okd.meters import Bar, Lines, LogFile, Logging, Meters, ranks, summed
 from okd.models import describe_parameters
-from okd.objectives import PolicyGradientOptions, Totals
+from okd.objectives import Totals
 from okd.pair import StudentTeacher
 from okd.sampling import Sampler
 from okd_kernels import DistillationLoss
@@ -66,23 +65,15 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
         **kwargs: Any,
     ):
         args = args or OKDConfig()
-        checks.check_trainer_options(args, kwargs)
-        if processing_class is None:
-            raise ValueError("expected processing_class, the tokenizer of both models; got None")
+        checks.check_arguments(processing_class, kwargs)
         datasets = (train_dataset, text_dataset, eval_dataset)
         train, texts, held_out = (encoded_rows(data, processing_class, args) for data in datasets)
         collator = kwargs.pop("data_collator", None) or Collator(processing_class.pad_token_id)
         checks.check_student(student)
-        checks.check_teacher_prompts(args, train or [])
-        if texts and PolicyGradientOptions not in args.resolved.option_groups:
-            raise ValueError(f"expected text_dataset with minillm, which reads it; got it with {args.resolved.name}")
-        prepared = checks.prepare_teacher(teacher, args, student, train, collator)
-        models = (student, prepared)
-        if prepared is not None and prepared.learns:
-            checks.check_trained_dtypes("teacher's online module", prepared)
-        checks.warn_of_slow_products(models, args)
-        checks.warn_of_long_rows([student, getattr(prepared, "model", None)], train or [])
-        pair = StudentTeacher(student, prepared, args)
+        checks.check_data(args, train or [], texts or [], held_out)
+        teacher = checks.prepare_teacher(teacher, args, student, train, collator)
+        checks.warn_of_models(student, teacher, args, [*(train or []), *(held_out if isinstance(held_out, list) else [])])
+        pair = StudentTeacher(student, teacher, args)
         super().__init__(
             model=pair,
             args=args,
@@ -108,7 +99,7 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
         self._step: list[tuple[list[str], DistillationLoss]] = []  # ids and losses of the micro-batches of a step
         self._last_batch: Batch | None = None
         self._teacher_norm: Tensor | None = None
-        logger.warning(describe_parameters(student, prepared))
+        logger.warning(describe_parameters(student, teacher))
 
     @property
     def teacher(self) -> Any:
@@ -134,6 +125,10 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
                 batches = self.sampler(batches, self.state.global_step)
         shared = ranks() > 1 and self.args.average_tokens_across_devices
         return batches, Totals.of(batches, (lambda x: summed(x.to(device))) if shared else None)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """`Totals` count instead."""
+        return None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         totals = Totals.of([inputs]) if num_items_in_batch is None else num_items_in_batch
@@ -161,7 +156,7 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
         """Stop at a loss that is not finite, once a step; and leave sides alone that do not learn."""
         finite = torch.stack([torch.isfinite(loss.total.detach()) for _, loss in self._step])
         if summed((~finite).sum()).item():
-            self._stop(finite.tolist())
+            checks.stop(self.state.global_step, str(self.args.output_dir), self._step, finite.tolist())
         for parameter in self.pair.idle():
             parameter.grad = None
 
@@ -174,42 +169,12 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
             self.meters.add(1, **self.pair.after_update(loss))
         self._step = []
 
-    def _stop(self, finite: list[bool]) -> None:
-        step, output_dir = self.state.global_step, Path(str(self.args.output_dir))
-        ids = [name for (names, _), good in zip(self._step, finite, strict=True) if not good for name in names]
-        path = output_dir / f"non_finite_batch_{step}{f'_{self.args.process_index}' if ranks() > 1 else ''}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"step": step, "ids": ids}, indent=2))
-        bad = [loss for (_, loss), good in zip(self._step, finite, strict=True) if not good] or [self._step[0][1]]
-        teacher = "none" if bad[0].teacher is None else f"{bad[0].teacher.item():.4g}"
-        raise FloatingPointError(
-            f"step {step}: expected a finite loss; got student {bad[0].student.item():.4g}, teacher {teacher}. {path} "
-            "names the examples of its batch: look at them, or lower learning_rate or max_grad_norm"
-        )
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One optimizer: the student's weights that decay, those that do not, what weighs several teachers, and the
-        teacher's online module."""
+        """One for both sides."""
         if self.optimizer is None:
-            args, sides = self.args, self.pair.sides()
-            names = set(self.get_decay_parameter_names(self.pair.student))
-            decaying = {id(p) for name, p in self.pair.student.named_parameters() if name in names}
-            selection = [p for p in sides["student"] if p not in set(self.pair.student.parameters())]
-            student = [p for p in sides["student"] if p not in set(selection)]
-            groups = [
-                ([p for p in student if id(p) in decaying], args.weight_decay, args.learning_rate),
-                ([p for p in student if id(p) not in decaying], 0.0, args.learning_rate),
-                (selection, 0.0, 1e-2 if args.selection_learning_rate is None else args.selection_learning_rate),
-                (
-                    sides["teacher"],
-                    0.0,
-                    args.learning_rate if args.online_learning_rate is None else args.online_learning_rate,
-                ),
-            ]
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.pair.student)
-            self.optimizer = optimizer_class(
-                [{"params": p, "weight_decay": decay, "lr": rate} for p, decay, rate in groups if p], **options
-            )
+            decaying = set(self.get_decay_parameter_names(self.pair.student))
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.pair.student)
+            self.optimizer = optimizer_class(self.pair.parameter_groups(decaying), **options)
         return self.optimizer
 
     # --- around the step
@@ -229,6 +194,8 @@ class _AroundUpdate(TrainerCallback):
         trainer = self.trainer
         if state.is_world_process_zero:
             trainer.log_file.start(state.global_step)
+        trainer.sampler.begin_run(int(state.epoch or 0) if state.global_step else -1)
+        trainer.accelerator.wait_for_everyone()
         if trainer.sampler.wants_reference and args.eval_strategy != "no" and isinstance(trainer.eval_dataset, list):
             trainer.sampler.on_evaluate(trainer.measured(trainer.eval_dataset)["cross_entropy"])
         trainer.meters, trainer._step = Meters(), []

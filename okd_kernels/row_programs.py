@@ -98,15 +98,11 @@ def _statistics_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # 64-bit: row * stride passes 2^31
-    z_ptr += row * z_stride
-    u_ptr += row * u_stride
-    label = row * 0
-    if HAS_LABELS:
-        label = tl.load(labels_ptr + row)
+    z_ptr, u_ptr = z_ptr + row * z_stride, u_ptr + row * u_stride
+    label = tl.load(labels_ptr + row) if HAS_LABELS else row * 0
     if label >= 0:  # an ignored row costs no exponential
         rate = _LOG2_E / temperature  # exp(x / T) is 2^(rate x)
-        z_top = _FLOOR + 0.0
-        u_top = _FLOOR + 0.0
+        z_top, u_top = _FLOOR + 0.0, _FLOOR + 0.0
         zeros = tl.zeros([BLOCK // 4], dtype=tl.float32)  # running totals are vectors, reduced once at the end
         z_total, z_total_1, z_cross = zeros, zeros, zeros
         u_total, u_total_1, u_cross = zeros, zeros, zeros
@@ -129,8 +125,7 @@ def _statistics_kernel(
             u_total, u_total_1, u_cross = _grow(
                 u, u - z, u_rise, shift, u_total, u_total_1, u_cross, rate, HAS_TEMPERATURE, T_CROSS
             )
-        z_label = z_top * 0.0
-        u_label = u_top * 0.0
+        z_label, u_label = z_top * 0.0, u_top * 0.0
         if HAS_LABELS:
             column = label - first
             if (column >= 0) & (column < v):
@@ -172,27 +167,23 @@ def _slopes_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    z_ptr += row * z_stride
-    u_ptr += row * u_stride
-    label = row * 0
-    if HAS_LABELS:
-        label = tl.load(labels_ptr + row)
+    z_ptr, u_ptr = z_ptr + row * z_stride, u_ptr + row * u_stride
+    label = tl.load(labels_ptr + row) if HAS_LABELS else row * 0
     if label >= 0:
         statistics_ptr += row * _N_STATISTICS
         of_teacher = n.to(tl.int64) * _N_STATISTICS
         z_top, z_log, _z_log_1, _z_mean = _read(statistics_ptr)
         u_top, u_log, _u_log_1, _u_mean = _read(statistics_ptr + of_teacher)
         inverse_temperature = 1.0 / temperature
-        s_sums = tl.zeros([BLOCK // 4], dtype=tl.float32)
-        t_sums = tl.zeros([BLOCK // 4], dtype=tl.float32)
+        zeros = tl.zeros([BLOCK // 4], dtype=tl.float32)
+        s_sums, t_sums = zeros, zeros
         for start in range(0, v, BLOCK):
             offsets = start + tl.arange(0, BLOCK)
             z, _ = _load(z_ptr, z_bias_ptr, offsets, z_loadable, v, z_scale, z_softcap, Z_BIAS, Z_SOFTCAP)
             u, _ = _load(u_ptr, u_bias_ptr, offsets, u_loadable, v, u_scale, u_softcap, U_BIAS, U_SOFTCAP)
             _, log_q = _log_distribution(z, z_top, z_log, inverse_temperature)
             _, log_p = _log_distribution(u, u_top, u_log, inverse_temperature)
-            q = exp(log_q)
-            p = exp(log_p)
+            q, p = exp(log_q), exp(log_p)
             if S_SLOPE_SUM == "unknown":
                 _, g = S_RULE(log_q, log_p, q, p, s_alpha, s_beta)
                 s_sums += _fold(g)
@@ -250,10 +241,11 @@ def _store_values(
 
 
 @triton.jit
-def _clear(pointer, v, storable, BLOCK: tl.constexpr):
-    for start in range(0, v, BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
-        tl.store(pointer + offsets, tl.zeros([BLOCK], dtype=pointer.dtype.element_ty), mask=offsets < storable)
+def _clear(pointer, v, storable, WANTED: tl.constexpr, BLOCK: tl.constexpr):
+    if WANTED:
+        for start in range(0, v, BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            tl.store(pointer + offsets, tl.zeros([BLOCK], dtype=pointer.dtype.element_ty), mask=offsets < storable)
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=PER_TOKEN)
@@ -275,18 +267,12 @@ def _emit_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    z_ptr += row * z_stride
-    u_ptr += row * u_stride
-    dz_ptr += row * dz_stride
-    du_ptr += row * du_stride
-    label = row * 0
-    if HAS_LABELS:
-        label = tl.load(labels_ptr + row)
+    z_ptr, u_ptr = z_ptr + row * z_stride, u_ptr + row * u_stride
+    dz_ptr, du_ptr = dz_ptr + row * dz_stride, du_ptr + row * du_stride
+    label = tl.load(labels_ptr + row) if HAS_LABELS else row * 0
     if label < 0:  # ignored: leaves zeros
-        if DZ:
-            _clear(dz_ptr, v, dz_storable, BLOCK)
-        if DU:
-            _clear(du_ptr, v, du_storable, BLOCK)
+        _clear(dz_ptr, v, dz_storable, DZ, BLOCK)
+        _clear(du_ptr, v, du_storable, DU, BLOCK)
     else:
         statistics_ptr += row * _N_STATISTICS
         of_teacher = n.to(tl.int64) * _N_STATISTICS
@@ -312,8 +298,7 @@ def _emit_kernel(
             u, u_slope = _load(u_ptr, u_bias_ptr, offsets, u_loadable, v, u_scale, u_softcap, U_BIAS, U_SOFTCAP)
             z, log_q = _log_distribution(z, z_top, z_log, inverse_temperature)
             u, log_p = _log_distribution(u, u_top, u_log, inverse_temperature)
-            q = exp(log_q)
-            p = exp(log_p)
+            q, p = exp(log_q), exp(log_p)
             difference = log_p - log_q
             forward += _fold(p * difference - p + q)
             reverse += _fold(p - q - q * difference)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from okd_kernels.rows import FLOOR, LogitRows
 from okd_kernels.sharding import Vocabulary
-from okd_kernels.torch_block import LOG2_E
+from okd_kernels.torch_block import LN2, LOG2_E
 from okd_kernels.torch_rows import block_rows, blocks
 
 ROUNDING = 8  # eps; a tail below this share of 1 - max p is rounding of the K log-probabilities
@@ -137,10 +137,11 @@ class SparseTarget:
         if self._all_closed(rows):
             return torch.full_like(self.mass[rows], -torch.inf)
         z.scatter_(1, column, torch.where(self.is_target[rows], -torch.inf, at_ids))
-        top = z.amax(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)  # of the tail: finite where there is none
-        torch.sub(z, top, out=scratch).mul_(LOG2_E / self.temperature).exp2_()
+        scale = LOG2_E / self.temperature
+        offset = z.amax(-1, keepdim=True).clamp_min(FLOOR) * -scale  # of the tail: finite where there is none
+        torch.add(offset, z, alpha=scale, out=scratch).exp2_()
         z.scatter_(1, column, at_ids)
-        return scratch.sum(-1).log() + top.squeeze(1) / self.temperature
+        return scratch.sum(-1).log() - offset.squeeze(1) * LN2
 
     def _write(self, rows: slice, z: Tensor, out: Tensor, log_tail: Tensor) -> None:
         """The target's logits, less log p_tail where there is a tail: the ids are fewer than the others."""

@@ -11,11 +11,12 @@ from torch import nn
 
 from benchmarks import floor, methods, step
 from okd import OKDConfig
+from okd.checks import prepare_teacher
 from okd.data import Collator, encode
 from okd.evaluate import evaluate
 from okd.models import load_model
+from okd.objectives import Totals
 from okd.pair import StudentTeacher
-from okd.teachers import prepare_teacher
 
 
 @pytest.fixture
@@ -34,10 +35,10 @@ def test_the_clock_counts_steps_and_neither_logging_nor_evaluation(now):
     now.seconds = 100.0
     clock.on_train_begin()
     for event, seconds in (
-        *(("on_step_begin", 1), ("on_step_end", 2), ("on_log", 50), ("on_evaluate", 70)),
-        *(("on_step_begin", 3), ("on_step_end", 4)),
-        *(("on_step_begin", 5), ("on_step_end", 6)),
-    ):
+        ("on_step_begin", 1), ("on_step_end", 2), ("on_log", 50), ("on_evaluate", 70),
+        ("on_step_begin", 3), ("on_step_end", 4),
+        ("on_step_begin", 5), ("on_step_end", 6),
+    ):  # fmt: skip
         now.seconds += seconds
         getattr(clock, event)()
     assert clock.steps == [3, 7, 11]
@@ -112,13 +113,12 @@ def test_eager_steps_minimise_what_ours_do(method):
     for name, parameter in both.teacher.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
-    inputs = Collator(tiny.EOS)(encode(tiny.examples(4), tiny.tokenizer(), max_length=32).rows)
-    batch = {name: inputs[name] for name in ("input_ids", "attention_mask", "positions", "targets")}
+    batch = Collator(tiny.EOS)(encode(tiny.examples(4), tiny.tokenizer(), max_length=32).rows)
     found = []
     for distil in (both.distil, step.eager_distil(both)):
         both.distil = distil
         both.zero_grad()
-        loss = both(**batch, normalizer=len(batch["targets"])).total
+        loss = both(batch, Totals.of([batch])).total
         loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in both.parameters() if p.grad is not None)])
     assert len(found[0]) == len(found[1]) > 5
@@ -161,6 +161,19 @@ def test_variants_are_methods_with_typed_options():
     for text in ("okd:rank=16", "okd:online_rank"):
         with pytest.raises(ValueError, match=r"expected name=value with an option of OKDConfig; got '.*rank"):
             step.parse_variant(text)
+
+
+def test_common_options_go_to_the_methods_that_read_them():
+    common = {"max_new_tokens": 9, "online_rank": 8, "student_ce_weight": 0.5, "weight_decay": 0.1}
+    everywhere = {"student_ce_weight": 0.5, "weight_decay": 0.1}
+    assert step.read_by("sft", {}, common) == everywhere
+    assert step.read_by("gkd", {}, common) == {**everywhere, "max_new_tokens": 9}
+    assert step.read_by("okd", {}, common) == {**everywhere, "online_rank": 8}
+    assert step.read_by("okd", {"online_module": "prefix"}, common) == everywhere
+    assert step.read_by("gkd", {"online_teacher": True}, common) == common
+    together = {"online_teacher": True, "online_rank": 8}
+    assert step.read_by("jsd", {}, together) == together
+    assert step.read_by("sft", {}, together) == {}
 
 
 def test_a_job_that_fails_in_its_process_says_why():
@@ -221,24 +234,22 @@ def jobs(monkeypatch):
 
 
 def compare(folder, output, *options):
-    methods.main(
-        [
-            *("--train-file", str(folder / "train.jsonl"), "--eval-file", str(folder / "eval.jsonl")),
-            *("--output-dir", str(output), "--teacher", str(folder / "teacher"), "--student-layers", "0,2"),
-            *("--answers", "4", "--max-new-tokens", "4", "--learning-rate", "1e-2", "--device", "cpu"),
-            *options,
-        ]
-    )
+    arguments = [
+        "--train-file", str(folder / "train.jsonl"), "--eval-file", str(folder / "eval.jsonl"),
+        "--output-dir", str(output), "--teacher", str(folder / "teacher"), "--student-layers", "0,2",
+        "--answers", "4", "--max-new-tokens", "4", "--learning-rate", "1e-2", "--device", "cpu",
+    ]  # fmt: skip
+    methods.main([*arguments, *options])
 
 
 def test_methods_are_compared_from_one_start_under_both_budgets_and_a_run_goes_on(folder, tmp_path, jobs, capsys):
     options = ("--methods", "okd", "sft", "--steps", "5", "--curve-points", "2")
     compare(folder, tmp_path, *options, "--seeds", "1")
     assert jobs == [
-        *(("prepare", "models", None, None), ("baseline", "student", None, None), ("baseline", "teacher", None, None)),
-        *(("train", "okd", 0, 5), ("train", "sft", 0, 5)),
+        ("prepare", "models", None, None), ("baseline", "student", None, None), ("baseline", "teacher", None, None),
+        ("train", "okd", 0, 5), ("train", "sft", 0, 5),
         ("train", "sft", 0, 10),  # as many as fit the time of 5 steps of okd, whose run serves both tables
-    ]
+    ]  # fmt: skip
     lines = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     lines = {(x["kind"], x["variant"], x["steps"]): x for x in lines}
     okd, sft, start = (lines[key] for key in (("train", "okd", 5), ("train", "sft", 5), ("baseline", "student", None)))
@@ -330,5 +341,24 @@ def test_time_alone_is_planned_from_probes(folder, tmp_path, jobs):
     options = ("--methods", "okd", "sft", "--seconds", "0.4", "--seeds", "1", "--budgets", "time")
     compare(folder, tmp_path, *options)
     assert [job for job in jobs if job[0] != "baseline"][1:] == [
-        *(("probe", "okd", 0, 4), ("probe", "sft", 0, 4), ("train", "okd", 0, 4), ("train", "sft", 0, 8)),
+        ("probe", "okd", 0, 5), ("probe", "sft", 0, 5), ("train", "okd", 0, 4), ("train", "sft", 0, 8),
+    ]  # fmt: skip
+
+
+def test_a_method_in_turns_is_compared_at_equal_steps_of_the_student(folder, tmp_path, jobs):
+    """Twice the steps, whose even ones are the student's; and options of `--set` where they are read."""
+    options = ("--methods", "clda", "sft", "--steps", "2", "--seeds", "1", "--set", "teacher_kl_weight=0.2")
+    compare(folder, tmp_path, *options)
+    assert [job for job in jobs if job[0] == "train"] == [
+        ("train", "clda", 0, 4),
+        ("train", "sft", 0, 2),
+        ("train", "sft", 0, 4),  # in the time of 4 steps of clda, all of the same length here
     ]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["tables"]) == ["Equal steps: 2", "Equal training time: 0.2 s"]
+    settings = {**json.loads((tmp_path / "settings.json").read_text()), "output_dir": str(tmp_path)}
+    for variant, steps in (
+        ("okd", 12), ("clda", 24), ("okd:alternating=True", 24), ("clda:alternating=False", 12),
+        ("clda:online_start=0.5", 16),  # 8 alone, 8 in turns
+    ):  # fmt: skip
+        assert methods.steps_of(settings, variant, 12) == steps

@@ -8,11 +8,14 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from okd.data import Collator, encode, read_jsonl, split_by_hash
+from okd import data
+from okd.data import Collator, encode, read_jsonl, rows_of, rows_written, seed_of, split_by_hash, uniform
+from okd.models import response_rows
 from okd.stdlib_examples import stdlib_examples
 
 CHATML = (
@@ -375,8 +378,10 @@ def test_collator_equals_a_brute_force_loop_and_keeps_eos_where_pad_is_eos(multi
                 targets.append(row["labels"][t + 1])
     assert len(positions) > 5
     assert batch["positions"].tolist() == positions and batch["targets"].tolist() == targets
-    assert batch["ids"] == ["r0", "r1", "r2", "r3"]
-    assert batch.pop("ids") and batch.pop("student_written").tolist() == [False] * 4
+    assert batch.pop("ids") == ["r0", "r1", "r2", "r3"]
+    assert batch.pop("writers") == ["dataset"] * 4 and batch.pop("teachers") == [None] * 4
+    counts = batch.pop("counts")
+    assert counts == [sum(label != -100 for label in row["labels"]) for row in rows] and 0 in counts
     assert all(tensor.dtype == torch.int64 and tensor.device.type == "cpu" for tensor in batch.values())
 
 
@@ -392,6 +397,144 @@ def test_collated_positions_gather_the_tokens_before_the_encoded_response():
 def test_collator_refuses_a_missing_pad_token():
     with pytest.raises(ValueError, match="expected an int as pad_token_id, got None; eos_token_id will do"):
         Collator(None)
+
+
+# --- what the teacher reads ---
+
+
+def test_a_teacher_reads_a_prompt_of_its_own():
+    """A string, with and without a chat template; messages; ids of rows. The response is the student's."""
+    chat, bare, bos = make_tokenizer(CHATML), make_tokenizer(), make_tokenizer(bos=True)
+    example = {"prompt": "2+2?", "completion": "4", "teacher_prompt": "It is 4. 2+2?"}
+    told = DEFAULT_SYSTEM + "<|im_start|>user\nIt is 4. 2+2?<|im_end|>\n<|im_start|>assistant\n"
+    for tokenizer, options, expected in (
+        (chat, {}, told),
+        (chat, {"chat_template": False}, "It is 4. 2+2?"),
+        (bare, {}, "It is 4. 2+2?"),
+        (bos, {}, "<s>It is 4. 2+2?"),
+    ):
+        row = encode([example], tokenizer, max_length=99, **options).rows[0]
+        assert tokenizer.decode(row["teacher_prompt"]) == expected
+        without = encode([{**example, "teacher_prompt": None}], tokenizer, max_length=99, **options).rows[0]
+        assert row == {**without, "teacher_prompt": row["teacher_prompt"]} and "teacher_prompt" not in without
+        assert encode([row], tokenizer, max_length=99, **options).rows == [row], "a row passes through"
+    messages = [{"role": "system", "content": "S"}, user("a"), assistant("b"), user("c")]
+    row = encode([{**example, "teacher_prompt": messages}], chat, max_length=99).rows[0]
+    assert chat.decode(row["teacher_prompt"]) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    )
+    named = encode([{"prompt": "a", "completion": "b", "teacher": "math"}], bare, max_length=99).rows[0]
+    assert named["teacher"] == "math" and "teacher_prompt" not in named
+
+
+def test_teacher_prompts_that_are_refused():
+    tokenizer, bare = make_tokenizer(CHATML), make_tokenizer()
+    turns = [user("a"), assistant("b"), user("c"), assistant("d")]
+    with pytest.raises(ValueError, match=r"example two: expected one response with teacher_prompt.*got several: split"):
+        encode([{"id": "two", "messages": turns, "teacher_prompt": "x"}], tokenizer, max_length=999)
+    single = {"id": "one", "messages": turns[:2], "teacher_prompt": "x"}
+    assert encode([single], tokenizer, max_length=999).rows[0]["teacher_prompt"]
+    pair = {"id": "p", "prompt": "a", "completion": "b"}
+    for this, given in ((bare, [user("a")]), (tokenizer, 7), (tokenizer, [{"role": "user"}]), (tokenizer, ["a"])):
+        with pytest.raises(ValueError, match="example p: expected teacher_prompt as a string, or messages where"):
+            encode([{**pair, "teacher_prompt": given}], this, max_length=99)
+
+
+TOLD = [
+    {"id": "a", "input_ids": [11, 12, 13, 14], "labels": [-100, -100, 13, 14], "teacher_prompt": [5]},
+    {"id": "b", "input_ids": [21, 22, 23], "labels": [-100, 22, 23], "teacher_prompt": [6, 7, 8, 9, 6, 7]},
+    {"id": "c", "input_ids": [31, 32, 33, 34, 35], "labels": [-100, -100, -100, 34, 35], "teacher_prompt": [4, 4, 4]},
+]
+
+
+@pytest.mark.parametrize("multiple", [None, 8])
+def test_teacher_positions_predict_the_same_targets(multiple):
+    batch = Collator(2, multiple)(TOLD)
+    ids, mask, positions = (batch[f"teacher_{name}"] for name in ("input_ids", "attention_mask", "positions"))
+    width = 8
+    assert ids.shape == mask.shape == (3, width)
+    for i, row in enumerate(TOLD):
+        start = next(t for t, label in enumerate(row["labels"]) if label != -100)
+        sequence = row["teacher_prompt"] + row["input_ids"][start:]
+        assert ids[i].tolist() == sequence + [2] * (width - len(sequence))
+        assert mask[i].tolist() == [1] * len(sequence) + [0] * (width - len(sequence))
+        own = data.tokens_of(batch, [i])
+        first = len(row["teacher_prompt"]) - 1
+        assert positions[own].tolist() == [i * width + first + k for k in range(len(own))]
+    assert torch.equal(ids.flatten()[positions + 1], batch["targets"])
+    assert torch.equal(batch["input_ids"].flatten()[batch["positions"] + 1], batch["targets"])
+    assert batch["targets"].tolist() == [13, 14, 22, 23, 34, 35]
+
+
+def test_a_row_without_a_teacher_prompt_is_read_as_it_is():
+    bare = {name: value for name, value in TOLD[0].items() if name != "teacher_prompt"}
+    batch = Collator(2)([bare, TOLD[1]])
+    assert batch["teacher_input_ids"][0, :4].tolist() == bare["input_ids"]
+    assert batch["teacher_positions"][:2].tolist() == batch["positions"][:2].tolist() == [1, 2]
+    assert "teacher_input_ids" not in Collator(2)([bare, bare])
+
+
+def test_hidden_states_at_teacher_positions_are_those_after_its_prompt():
+    model = tiny.llama().eval()
+    batch = Collator(tiny.EOS)(TOLD)
+    with torch.no_grad():
+        found, own = response_rows(model, batch, as_teacher=True), response_rows(model, batch)
+        for i, row in enumerate(TOLD):
+            n = batch["counts"][i]
+            alone = model.get_decoder()(torch.tensor([row["teacher_prompt"] + row["input_ids"][-n:]]))
+            expected = alone.last_hidden_state[0, -n - 1 : -1]
+            at = data.tokens_of(batch, [i])
+            torch.testing.assert_close(found[at], expected, rtol=1e-5, atol=1e-5)
+            assert not torch.allclose(own[at], expected, atol=1e-2)
+
+
+# --- rows of a batch ---
+
+
+def test_rows_of_a_batch_are_those_that_it_was_made_of():
+    plain = {"id": "d", "input_ids": [1, 2, 3], "labels": [-100, -100, 3]}
+    rows = [plain, {**plain, "writer": "student"}, {**plain, "writer": "text", "teacher": "math"}]
+    assert rows_of(Collator(2)(rows)) == rows
+    told = [*TOLD, {**TOLD[0], "writer": "both", "teacher": "chat"}]
+    assert rows_of(Collator(2, 8)(told)) == told
+    silent = {"id": "s", "input_ids": [1, 2], "labels": [-100, -100], "teacher_prompt": [1, 2]}
+    assert rows_of(Collator(2)([silent, TOLD[1]])) == [silent, TOLD[1]]
+    mixed = [plain, TOLD[1]]  # one without is read by the teacher as by the student
+    assert rows_of(Collator(2)(mixed)) == [{**plain, "teacher_prompt": [1, 2]}, TOLD[1]]
+    first, again = Collator(2)(mixed), Collator(2)(rows_of(Collator(2)(mixed)))
+    assert all(torch.equal(x, again[k]) if isinstance(x, torch.Tensor) else x == again[k] for k, x in first.items())
+
+
+def test_tokens_of_rows_and_rows_of_writers():
+    rows = [
+        {"id": "0", "input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
+        {"id": "1", "input_ids": [1, 2], "labels": [-100, -100], "writer": "student"},
+        {"id": "2", "input_ids": [4, 5, 6, 7], "labels": [-100, 5, -100, 7], "writer": "both"},
+        {"id": "3", "input_ids": [8, 9], "labels": [-100, 9], "writer": "teacher"},
+    ]
+    batch = Collator(0)(rows)
+    assert batch["targets"].tolist() == [2, 3, 5, 7, 9] and batch["counts"] == [2, 0, 2, 1]
+    for chosen in ([0], [1], [2, 3], [3, 0], []):
+        expected = [label for row in chosen for label in rows[row]["labels"] if label != -100]
+        at = data.tokens_of(batch, chosen)
+        assert at.dtype == torch.long and batch["targets"][at].tolist() == expected
+    assert rows_written(batch, "student") == [1] and rows_written(batch, "dataset", "both") == [0, 2]
+    assert rows_written(batch, *data.OWN) == [1, 2] and rows_written(batch, "text") == []
+
+
+def test_seeds_and_numbers_hang_on_their_parts_alone():
+    parts = [(42, 3, "a", "student"), (42, 3, "a", "teacher"), (42, 4, "a", "student"), (43, 3, "a", "student")]
+    parts += [(42, 3, "b", "student"), (42, "3", "a", "student"), (4, 23, "a", "student")]
+    seeds = [seed_of(*part) for part in parts]
+    assert len(set(seeds)) == len(parts) and all(0 <= seed < 2**63 for seed in seeds)
+    digest = hashlib.blake2b(repr(parts[0]).encode(), digest_size=8).digest()
+    assert seeds[0] == int.from_bytes(digest, "big") // 2, "the same in each process, on each machine"
+    numbers = torch.tensor([uniform(0, step) for step in range(4000)], dtype=torch.float64)
+    assert numbers.min() >= 0 and numbers.max() < 1
+    counts = torch.histc(numbers, 20, 0, 1)
+    assert ((counts - 200).square() / 200).sum() < 50, "chi-square of 19 degrees: 50 is exceeded once in 8,000"
+    assert uniform(7, "a") == seed_of(7, "a") / 2**63
 
 
 # --- stdlib_examples and split_by_hash ---

@@ -16,8 +16,8 @@ def pair_of(folder):
     import tiny
 
     from okd import OKDConfig
+    from okd.online import Online, attach_online_module
     from okd.pair import StudentTeacher
-    from okd.teachers import attach_online_module
 
     args = OKDConfig(use_cpu=True, output_dir=str(folder), student_divergence="jsd")
     teacher = attach_online_module(tiny.llama(seed=1, layers=3, hidden=48), args)
@@ -25,24 +25,23 @@ def pair_of(folder):
     for name, parameter in teacher.named_parameters():
         if "lora_B" in name:  # LoRA starts at no change, where half of its gradients are zero
             torch.nn.init.normal_(parameter, std=0.2)
-    return StudentTeacher(tiny.llama(), teacher, args).train()
+    return StudentTeacher(tiny.llama(), Online(teacher), args).train()
 
 
 def batch_of(part=slice(None)):
-    """A part of 5 examples as the collator makes it, and the number of response tokens of all of them."""
+    """A part of 5 examples as the collator makes it, and the totals of all of them."""
     import tiny
 
     from okd.data import Collator, encode
+    from okd.objectives import Totals
 
     collate, rows = Collator(tiny.EOS), encode(tiny.examples(5), tiny.tokenizer(), max_length=32).rows
-    names = ("input_ids", "attention_mask", "positions", "targets")
-    inputs = collate(rows[part])
-    return {name: inputs[name] for name in names}, torch.tensor(len(collate(rows)["targets"]))
+    return collate(rows[part]), Totals.of([collate(rows)])
 
 
-def gradients_of(module, batch, normalizer, world=1):
+def gradients_of(module, batch, totals, world=1):
     """Gradients by name; `world` makes a sum over ranks of their mean, as the trainer does."""
-    loss = module(**batch, normalizer=normalizer)
+    loss = module(batch, totals)
     (loss.total * world).backward()
     return {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
 
@@ -52,16 +51,16 @@ def replicas_of(rank, world, folder):
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    batch, normalizer = batch_of(slice(0, 2) if rank == 0 else slice(2, None))  # unequal numbers of tokens
-    ddp = gradients_of(DistributedDataParallel(pair_of(folder)), batch, normalizer, world)
+    batch, totals = batch_of(slice(0, 2) if rank == 0 else slice(2, None))  # unequal numbers of tokens
+    ddp = gradients_of(DistributedDataParallel(pair_of(folder)), batch, totals, world)
     result = {"ddp": {name.removeprefix("module."): gradient for name, gradient in ddp.items()}}
 
     pair, mesh = pair_of(folder), init_device_mesh("cpu", (world,))
-    for layer in (*pair.student.model.layers, *pair.teacher.get_base_model().model.layers):
+    for layer in (*pair.student.model.layers, *pair.teacher.model.get_base_model().model.layers):
         fully_shard(layer, mesh=mesh)
     fully_shard(pair, mesh=mesh)  # both heads: whole while the pair's forward runs, which is where the loss is
     for step in ("fsdp", "fsdp, second step"):
-        sharded_gradients = gradients_of(pair, batch, normalizer, world)
+        sharded_gradients = gradients_of(pair, batch, totals, world)
         result[step] = {name: gradient.full_tensor() for name, gradient in sharded_gradients.items()}
         pair.zero_grad()
     result["tokens"] = len(batch["targets"])
@@ -71,10 +70,10 @@ def replicas_of(rank, world, folder):
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory):
     folder = tmp_path_factory.mktemp("replicas")
-    pair, (batch, normalizer) = pair_of(folder), batch_of()
-    plain = gradients_of(pair, batch, normalizer)
+    pair, (batch, totals) = pair_of(folder), batch_of()
+    plain = gradients_of(pair, batch, totals)
     pair.zero_grad()
-    truth = gradients_of(pair.double(), batch, normalizer)
+    truth = gradients_of(pair.double(), batch, totals)
     return run_ranks(replicas_of, 2, folder, str(folder)), plain, truth
 
 

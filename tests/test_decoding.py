@@ -11,12 +11,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList, Mistr
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from okd import decoding
+from okd.data import seed_of
 from okd.decoding import Decoder, Draw, write
 
 PROMPTS = [[3, 4, 5], [7, 8], [9, 10, 11, 12, 13, 14], [5, 5, 5, 5], [20, 21, 22, 23, 24, 25]]
 LIMITS = [12, 7, 20, 1, 16]
 ENDS = {1, 30, 31, 32}
 DRAW, TEACHER_DRAW = Draw(0.9), Draw(0.7, 0.95)
+SEED = 4  # whose rows of PROMPTS end in part by a token, in part by their limit
+SMALL, LENGTH, N = 5, 3, 20_000  # vocabulary, tokens and number of responses whose law is compared
 
 
 def models():
@@ -27,22 +30,33 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def written(student, teacher=None, prompts=PROMPTS, limits=LIMITS, seed=0, **options):
+def seeds(n, seed=SEED):
+    return [seed_of(seed, i) for i in range(n)]
+
+
+def written(student, teacher=None, prompts=PROMPTS, limits=LIMITS, seed=SEED, **options):
     defaults = {"ends": ENDS, "vocab_size": tiny.VOCAB, "draw": DRAW, "teacher_draw": TEACHER_DRAW}
-    return write(student, prompts, limits, teacher=teacher, generator=generator(seed), **{**defaults, **options})
+    defaults["seeds"] = seeds(len(prompts), seed)
+    return write(student, prompts, limits, teacher=teacher, **{**defaults, **options})
 
 
 @torch.no_grad()
-def one_at_a_time(student, teacher=None, top_k=0, seed=0):
-    """(responses, tokens by the student): Algorithm 1 of SKD as it is written down. No batch, cache or speculation."""
-    uniforms = torch.rand(2, len(PROMPTS), max(LIMITS), generator=generator(seed))
+def one_at_a_time(student, teacher=None, top_k=0, seed=SEED, share=0.0):
+    """(responses, tokens by the student): Algorithm 1 of SKD as it is written down. No batch, cache or speculation.
+
+    With a share a: every token from (1 - a) q + a p.
+    """
     responses, own = [], 0
-    for row, (prompt, limit) in enumerate(zip(PROMPTS, LIMITS, strict=True)):
-        response = []
+    for prompt, limit, row_seed in zip(PROMPTS, LIMITS, seeds(len(PROMPTS), seed), strict=True):
+        uniforms, response = torch.rand(2, limit, generator=generator(row_seed)), []
         while len(response) < limit and not (response and response[-1] in ENDS):
-            ids, u = torch.tensor([prompt + response]), uniforms[:, row, len(response)]
-            token = DRAW(student(ids).logits[:, -1], u[:1])
-            if teacher is not None:
+            ids, u = torch.tensor([prompt + response]), uniforms[:, len(response)]
+            logits = student(ids).logits[:, -1]
+            if share:
+                q, p = logits.softmax(-1), teacher(ids).logits[:, -1].softmax(-1)
+                logits = ((1 - share) * q + share * p).log()
+            token = DRAW(logits, u[:1])
+            if teacher is not None and not share:
                 logits = teacher(ids).logits[:, -1]
                 if token.item() not in logits[0].argsort(descending=True)[:top_k]:
                     token, own = TEACHER_DRAW(logits, u[1:]), own - 1
@@ -126,9 +140,82 @@ def test_accepting_nothing_is_sampling_from_the_teacher():
     assert (last_token(found) - last_token(written(student, **many))).abs().sum() > 0.8
 
 
+# --- a row's numbers ---
+
+
+def test_numbers_of_a_row_are_its_own():
+    """Whatever rows share its batch, in whatever order, and however many tokens they may have."""
+    alone = {seed: decoding._uniforms([seed], [limit]) for seed, limit in ((3, 7), (8, 12), (2**62 + 5, 1))}
+    found = decoding._uniforms([8, 2**62 + 5, 3], [12, 1, 7])
+    assert found.shape == (2, 3, 12) and ((found >= 0) & (found < 1)).all()
+    for i, (seed, limit) in enumerate(((8, 12), (2**62 + 5, 1), (3, 7))):
+        assert torch.equal(found[:, i, :limit], alone[seed][:, 0])
+        assert not found[:, i, limit:].any()
+        expected = torch.rand(2, limit, generator=generator(seed))
+        assert torch.equal(found[:, i, :limit], expected)
+    again = decoding._uniforms([3, 3], [7, 7])
+    assert torch.equal(again[:, 0], again[:, 1]) and not torch.equal(found[0, 2, :7], found[1, 2, :7])
+
+
+def test_a_row_is_written_alike_whatever_shares_its_batch():
+    student, teacher = models()
+    row_seeds = seeds(len(PROMPTS))
+    for options in ({}, {"teacher": teacher, "top_k": 3}, {"teacher": teacher, "share": 0.3}):
+        together = written(student, **options).responses
+        for part in ([4, 0], [3], [2, 1]):
+            prompts, limits, own = ([x[i] for i in part] for x in (PROMPTS, LIMITS, row_seeds))
+            found = written(student, prompts=prompts, limits=limits, seeds=own, **options)
+            assert found.responses == [together[i] for i in part]
+
+
+# --- samples from a mixture of both models (MiniLLM) ---
+
+
+@pytest.mark.parametrize("gamma", [1, 4])
+@pytest.mark.parametrize("share", [0.2, 0.7])
+def test_a_mixture_one_token_at_a_time(share, gamma):
+    student, teacher = models()
+    expected, _ = one_at_a_time(student, teacher, share=share)
+    found = written(student, teacher, share=share, gamma=gamma)
+    assert found.responses == expected and found.tokens == found.accepted == sum(map(len, expected))
+    assert found.responses != written(student).responses
+
+
+def test_a_mixture_begins_at_the_student_and_ends_at_the_teacher():
+    student, teacher = models()
+    for seed in range(2):
+        alone = written(student, seed=seed).responses
+        assert written(student, teacher, share=1e-9, seed=seed).responses == alone
+        assert written(student, None, share=0.0, seed=seed).responses == alone
+        of_teacher = written(teacher, seed=seed).responses
+        assert written(student, teacher, share=1 - 1e-9, seed=seed).responses == of_teacher
+
+
+def exceeds(counts, probabilities):
+    """Probability of a chi-square statistic at least as large, if these were the probabilities."""
+    expected = probabilities * counts.sum()
+    statistic = ((counts - expected).square() / expected).sum()
+    freedom = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
+    return torch.special.gammaincc(freedom, statistic / 2).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_the_law_of_a_first_token_is_the_mixture(share):
+    student, teacher = tiny.llama(0, vocab=SMALL).eval(), tiny.llama(10, vocab=SMALL).eval()
+    many = {"prompts": [[2, 3]] * N, "limits": [1] * N, "vocab_size": SMALL, "ends": (), "draw": Draw()}
+    tokens = torch.tensor(written(student, teacher, share=share, **many).responses)[:, 0]
+    counts = torch.bincount(tokens, minlength=SMALL).double()
+    q, p = (m(torch.tensor([[2, 3]])).logits[0, -1].double().softmax(-1) for m in (student, teacher))
+    assert exceeds(counts, (1 - share) * q + share * p) > 1e-3
+    for wrong in (q, p, (1.1 - share) * q + (share - 0.1) * p, (q.log() * (1 - share) + p.log() * share).softmax(-1)):
+        assert exceeds(counts, wrong) < 1e-6, "the test sees a difference"
+    plain = torch.tensor(written(student, **many).responses)[:, 0]
+    assert exceeds(torch.bincount(plain, minlength=SMALL).double(), q) > 1e-3
+
+
 # --- the law of whole sequences, by enumeration ---
 
-SMALL, LENGTH, N = 5, 3, 20_000
 SMALL_DRAWS = {"draw": Draw(1.5), "teacher_draw": Draw(1.2, 0.95)}
 
 

@@ -201,6 +201,41 @@ def test_the_teachers_adapter_is_off_and_on_again_afterwards():
         assert torch.equal(teacher(ids).logits, before)
 
 
+def test_the_teacher_reads_prompts_of_its_own():
+    """Row by row: the student after its prompt, the teacher after the one that the row has for it, of any length."""
+    student, teacher = llama(0), llama(1)
+    told = {"short": [9, 4, 33, 7, 12, 60], "long": [5]}
+    rows = [
+        {**example, "teacher_prompt": told[example["id"]]} if example["id"] in told else example for example in ROWS
+    ]
+    rows = [example for example in rows if example["id"] != "two turns"]
+    sums = dict.fromkeys(("forward_kl", "reverse_kl"), 0.0)
+    nlls, n = [], 0
+    for example in rows:
+        start = example["labels"].index(next(label for label in example["labels"][1:] if label != -100), 1)
+        response, read = example["input_ids"][start:], example.get("teacher_prompt", example["input_ids"][:start])
+        with torch.no_grad():
+            log_q = student(torch.tensor([example["input_ids"]])).logits[0, start - 1 : -1].log_softmax(-1)
+            log_p = teacher(torch.tensor([[*read, *response]])).logits[0, len(read) - 1 : -1].log_softmax(-1)
+        sums["forward_kl"] += (log_p.exp() * (log_p - log_q)).sum().item()
+        sums["reverse_kl"] += (log_q.exp() * (log_q - log_p)).sum().item()
+        nlls += (-log_p.gather(1, torch.tensor(response).unsqueeze(1))).squeeze(1).tolist()
+        n += len(response)
+    for batch_size in (1, 4):
+        found = measured(student, teacher, rows, batch_size=batch_size)
+        assert found["tokens"] == n
+        assert {name: found[name] for name in sums} == pytest.approx({k: v / n for k, v in sums.items()}, rel=1e-9)
+        assert found["teacher_perplexity"] == pytest.approx(math.exp(sum(nlls) / n), rel=1e-9)
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite(monkeypatch):
+    def loss(hidden, *_, **__):
+        return SimpleNamespace(metrics={name: torch.full((len(hidden),), 1e4) for name in module.STATISTICS})
+
+    monkeypatch.setattr(module, "linear_distillation_loss", loss)
+    assert measured(llama(0), llama(1))["perplexity"] == math.inf
+
+
 def test_the_students_adapter_stays_on():
     student, teacher = adapted(llama(0)), llama(1)
     merged = copy.deepcopy(student).merge_and_unload()
@@ -225,15 +260,15 @@ def test_training_and_requires_grad_flags_are_restored(monkeypatch, fails):
             for model in (student, teacher)
         ]
 
-    before, real, seen = flags(), module.hidden_states, []
+    before, real, seen = flags(), module.response_rows, []
 
-    def hidden_states(model, *args):
+    def response_rows(model, batch, **options):
         seen.append((model.training, torch.is_grad_enabled()))
         if fails and len(seen) == 2:
             raise RuntimeError("out of memory")
-        return real(model, *args)
+        return real(model, batch, **options)
 
-    monkeypatch.setattr(module, "hidden_states", hidden_states)
+    monkeypatch.setattr(module, "response_rows", response_rows)
     if fails:
         with pytest.raises(RuntimeError, match="out of memory"):
             measured(student, teacher)
@@ -245,13 +280,13 @@ def test_training_and_requires_grad_flags_are_restored(monkeypatch, fails):
 
 
 def test_without_a_teacher_perplexity_takes_one_forward_a_batch(monkeypatch):
-    student, calls, real = llama(0), [], module.hidden_states
-    monkeypatch.setattr(module, "hidden_states", lambda model, *args: calls.append(args) or real(model, *args))
+    student, calls, real = llama(0), [], module.response_rows
+    monkeypatch.setattr(module, "response_rows", lambda model, batch: calls.append(batch) or real(model, batch))
     expected = expected_divergences(student, llama(1), ROWS)
     assert measured(student, None, batch_size=2) == pytest.approx(
         {"perplexity": expected["perplexity"], "tokens": expected["tokens"]}, rel=1e-10
     )
-    assert [ids.shape[1] for ids, _ in calls] == [20, 13, 5]  # batches of like lengths, the longest first
+    assert [batch["input_ids"].shape[1] for batch in calls] == [20, 13, 5]  # batches of like lengths, the longest first
 
 
 @pytest.mark.parametrize(

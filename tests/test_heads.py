@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from okd.models import check_head, hidden_states
-from okd.teachers import base_teacher
+from okd.teachers import as_it_was
 from okd_kernels import LinearHead
 
 SMALL = {
@@ -145,7 +145,7 @@ def test_lora_on_the_head_is_honoured():
             return ours, model(input_ids=ids, attention_mask=mask).logits
 
     active = both()
-    with base_teacher(model):
+    with as_it_was(model):
         base = both()
     model.merge_adapter()
     merged = both()
@@ -191,6 +191,20 @@ def test_of_takes_a_weight_a_linear_layer_or_a_head():
     assert LinearHead.of(layer.weight).bias is None
     head = LinearHead(layer.weight)
     assert LinearHead.of(head) is head
+
+
+def test_a_detached_head_is_the_same_number_without_a_gradient():
+    shapes = ((8, 4), (8,), (2, 4), (8, 2))
+    weight, bias, down, up = leaves = [torch.randn(*shape, requires_grad=True) for shape in shapes]
+    head = LinearHead(weight, bias, logit_scale=0.5, softcap=3.0, lora=(down, up, 0.7))
+    hidden = torch.randn(5, 4, requires_grad=True)
+    still = head.detach()
+    assert (still.logit_scale, still.softcap, still.lora[2]) == (0.5, 3.0, 0.7)
+    assert torch.equal(still.logits(hidden), head.logits(hidden))
+    found = torch.autograd.grad(still.logits(hidden).sum(), [hidden, *leaves], allow_unused=True)
+    assert found[0] is not None and found[1:] == (None,) * 4
+    assert still.weight.data_ptr() == weight.data_ptr() and all(x.requires_grad for x in leaves)
+    assert LinearHead(weight).detach().bias is None and LinearHead(weight).detach().lora is None
 
 
 def test_a_sharded_weight_is_gathered(tmp_path):

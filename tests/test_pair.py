@@ -29,7 +29,7 @@ def one_step(tmp_path, **options):
         train_dataset=tiny.examples(),
         processing_class=tiny.tokenizer(),
     )
-    teacher = run.pair.teacher.get_base_model() if args.online else run.pair.teacher
+    teacher = run.teacher.get_base_model() if args.online else run.teacher
     seen = {"student": [], "teacher": [], "backward": []}
     for side, model in (("student", run.pair.student), ("teacher", teacher)):
         for i, layer in enumerate(model.model.layers):
@@ -46,7 +46,7 @@ def one_step(tmp_path, **options):
 
     run.accelerator.backward = leave_forward
     run.train()
-    assert all(p.grad is None for name, p in run.pair.teacher.named_parameters() if "lora" not in name)
+    assert all(p.grad is None for name, p in run.teacher.named_parameters() if "lora" not in name)
     return seen["student"], seen["teacher"], sorted(set(seen["backward"]))
 
 

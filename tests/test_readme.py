@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
+from okd import METHODS
 from okd.data import Collator, encode
 from okd_kernels import LinearHead, linear_distillation_loss
 
@@ -164,6 +165,16 @@ def test_head_options_of_the_table():
         (line,) = [line for line in README.splitlines() if line.startswith(f"| `{name}` |")]
         for parameter, default in entry.parameters.items():
             assert f"`{parameter}` = {default}" in line
+
+
+def test_every_preset_has_its_row_in_the_table():
+    rows = [
+        line.split("|")[1]
+        for line in README.splitlines()
+        if re.match(r"\| `\w+`[^|]*\| (dataset|student|teacher)", line)
+    ]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(METHODS)
 
 
 def test_loss_call_in_the_readme_matches_whole_logits():

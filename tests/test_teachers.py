@@ -8,15 +8,17 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from okd import OKDConfig, OKDTrainer, salience
 from okd.cli import main, parse_train
 from okd.data import Collator, encode
+from okd.ensemble import Ensemble, load_ensemble
 from okd.evaluate import divergence_metrics
-from okd.models import load_model
+from okd.models import hidden_states, load_model
+from okd.online import Online, attach_online_module
 from okd.salience import calibration_batches, non_salient_modules, saliency
-from okd.teachers import Ensemble, base_teacher, load_ensemble
+from okd.teachers import as_it_was
 
 MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MATRICES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -136,13 +138,13 @@ def test_clda_learns_in_turns_and_the_base_stays(tmp_path):
     training = {n for n, p in run.pair.teacher.named_parameters() if p.requires_grad}
     assert training and all(".modules_to_save." in n for n in training)
     with torch.no_grad():
-        assert torch.equal(run.pair.teacher(**feed()).logits, base(**feed()).logits), "it starts at no change"
+        assert torch.equal(run.teacher(**feed()).logits, base(**feed()).logits), "it starts at no change"
     recorder = Recorder(run.pair)
     run.add_callback(recorder)
     run.train()
     assert recorder.moved() == ["s", "t", "s", "t", "s"], "AdamW's momentum must rest too"
-    with torch.no_grad(), base_teacher(run.pair.teacher):
-        assert torch.equal(run.pair.teacher(**feed()).logits, base(**feed()).logits)
+    with torch.no_grad(), as_it_was(run.pair.teacher) as judge:
+        assert torch.equal(judge(**feed()).logits, base(**feed()).logits)
     assert {n for n, p in run.pair.teacher.named_parameters() if p.requires_grad} == training
 
     both = trainer(tmp_path, method="clda", alternating=False, max_steps=2, warmup_steps=0)
@@ -154,20 +156,20 @@ def test_clda_learns_in_turns_and_the_base_stays(tmp_path):
 
 def test_on_the_teachers_turn_only_its_loss_has_a_gradient(tmp_path):
     run = trainer(tmp_path, method="clda", clda_share=0.5, teacher_kl_weight=0.3)
-    student, teacher = (copy.deepcopy(m).double() for m in (run.pair.student, run.pair.teacher))
+    student, teacher = (copy.deepcopy(m).double() for m in (run.pair.student, run.teacher))
     run.pair.at(1, 4)
     batch = Collator(tiny.EOS)(rows(4))
-    loss = run.pair(**{k: batch[k] for k in ("input_ids", "attention_mask", "positions", "targets")})
+    loss = run.pair(batch)
     loss.total.backward()
     assert loss.student.item() > 0 and all(p.grad is None for p in run.pair.student.parameters())
     teacher_loss(student, teacher, batch, 0.3).backward()
     truth = {n: p.grad for n, p in teacher.named_parameters() if p.requires_grad}
-    for name, parameter in run.pair.teacher.named_parameters():
+    for name, parameter in run.teacher.named_parameters():
         if name in truth:
             torch.testing.assert_close(parameter.grad.double(), truth[name], rtol=1e-4, atol=1e-6)
     run.pair.at(2, 4)
     run.pair.zero_grad()
-    loss = run.pair(**{k: batch[k] for k in ("input_ids", "attention_mask", "positions", "targets")})
+    loss = run.pair(batch)
     loss.total.backward()
     assert loss.teacher is None and all(p.grad is None for p in run.pair.teacher.parameters())
 
@@ -179,7 +181,7 @@ def test_clda_saves_an_adapter_that_plain_peft_loads_and_resumes_in_the_middle(t
     assert not [p for p in (tmp_path / "out").rglob("*") if p.suffix in (".bin", ".pt", ".pkl")]
     loaded = PeftModel.from_pretrained(big(), tmp_path / "out" / "teacher_adapter")
     with torch.no_grad():
-        torch.testing.assert_close(loaded(**feed()).logits, whole.pair.teacher(**feed()).logits)
+        torch.testing.assert_close(loaded(**feed()).logits, whole.teacher(**feed()).logits)
 
     trainer(tmp_path / "parts", method="clda", max_steps=6, save_strategy="steps", save_steps=3).train()
     checkpoint = tmp_path / "parts" / "checkpoint-3"
@@ -196,6 +198,58 @@ def test_clda_saves_an_adapter_that_plain_peft_loads_and_resumes_in_the_middle(t
     other = trainer(tmp_path / "other", teacher=given, method="clda", clda_share=0.5, max_steps=6)
     other.train(resume_from_checkpoint=str(checkpoint))
     tiny.assert_same_weights(other.pair.student, whole.pair.student)
+
+
+def gpt2():
+    torch.manual_seed(1)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1)
+    )
+
+
+COPIED = {
+    "llama": (big, ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]),
+    "gpt2": (gpt2, ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"]),  # Conv1D: transposed, with a bias
+}
+
+
+@pytest.mark.parametrize("kind", COPIED)
+def test_copies_of_16_bit_weights_train_in_fp32(kind, tmp_path):
+    """bf16 rounds updates below a 256th of a weight away. Products stay in bf16, and so does all that is frozen."""
+    make, modules = COPIED[kind]
+    base = make().bfloat16().eval()
+    teacher = Online(attach_online_module(copy.deepcopy(base), config(tmp_path, method="clda"), modules))
+    training = {n: p for n, p in teacher.named_parameters() if p.requires_grad}
+    assert len(training) == (4 if kind == "gpt2" else 2) and all(".modules_to_save." in n for n in training)
+    assert {p.dtype for p in training.values()} == {torch.float32}
+    assert {p.dtype for n, p in teacher.named_parameters() if n not in training} == {torch.bfloat16}
+    inputs = (feed()["input_ids"], feed()["attention_mask"])
+    ours, theirs = hidden_states(teacher.model, *inputs), hidden_states(base, *inputs)
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+    ours.float().square().mean().backward()
+    with torch.no_grad():
+        for name, parameter in training.items():
+            assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), name
+            if name.endswith("bias"):  # zero at the start
+                continue
+            before = parameter.clone()
+            parameter *= 1 + 1e-4
+            torch.testing.assert_close(parameter / before, torch.full_like(before, 1 + 1e-4), rtol=1e-6, atol=0)
+            rounded = before.bfloat16()
+            assert torch.equal(rounded * (1 + 1e-4), rounded), "what bf16 would have made of it"
+    with as_it_was(teacher) as judge, torch.no_grad():
+        assert torch.equal(hidden_states(judge, *inputs), theirs)
+
+
+def test_a_16_bit_teachers_copies_move_by_less_than_its_dtype_shows(tmp_path):
+    run = trainer(tmp_path, big().bfloat16(), method="clda", clda_share=0.3, learning_rate=1e-5, warmup_steps=0)
+    before = {n: p.detach().clone() for n, p in run.teacher.named_parameters() if p.requires_grad}
+    run.train()
+    moved = dict(run.teacher.named_parameters())
+    for name, weight in before.items():
+        change = (moved[name].detach() - weight).abs()
+        assert moved[name].dtype == torch.float32 and 1e-6 < change.mean() < 1e-4, name
 
 
 def test_non_salient_weights_need_data_to_be_found(tmp_path):
@@ -296,6 +350,11 @@ def folder(tmp_path_factory):
     return root
 
 
+def ensemble_of(folder, *names):
+    sources = {name: str(folder / name) for name in names}
+    return load_ensemble(load_model(sources[names[0]]), sources)
+
+
 def test_members_of_an_ensemble_are_the_teachers(folder):
     """One base, two adapters over it, and another model: rows and heads of each, in any order of use."""
     apart = [
@@ -304,14 +363,15 @@ def test_members_of_an_ensemble_are_the_teachers(folder):
         adapter(folder / "b", 4, target_modules=["q_proj", "lm_head"]),
         tiny.llama(seed=2),
     ]
-    ensemble = load_ensemble(load_model(str(folder / "teacher")), [str(folder / n) for n in ("a", "b", "other")])
+    ensemble = ensemble_of(folder, "teacher", "a", "b", "other")
     assert len(ensemble.members) == 4 and len(ensemble.models) == 2
     assert not any(p.requires_grad for p in ensemble.parameters())
-    assert ensemble.widths == [48, 48, 48, 32]
+    assert ensemble.widths() == [48, 48, 48, 32] and ensemble.names == ["teacher", "a", "b", "other"]
     batch = Collator(tiny.EOS)(rows(3))
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
     for _ in range(2):
-        for model, (hidden, head) in zip(apart, ensemble(**inputs, positions=batch["positions"]), strict=True):
+        for i, model in enumerate(apart):
+            hidden, head = ensemble.taught(i, batch)
             expected = model(**inputs).logits.flatten(0, 1)[batch["positions"]]
             torch.testing.assert_close(head.logits(hidden), expected, rtol=1e-4, atol=1e-5)
             assert not hidden.requires_grad
@@ -319,9 +379,9 @@ def test_members_of_an_ensemble_are_the_teachers(folder):
 
 
 def test_the_first_of_several_teachers_is_the_judge(folder):
-    ensemble = load_ensemble(load_model(str(folder / "teacher")), [str(folder / n) for n in ("a", "other")])
+    ensemble = ensemble_of(folder, "teacher", "a", "other")
     options = {"rows": rows(6), "pad_token_id": tiny.EOS, "progress": False}
-    ensemble(**feed(), positions=torch.tensor([1]))  # leaves another adapter active
+    ensemble.taught(1, Collator(tiny.EOS)(rows(3)))  # leaves another adapter active
     found = divergence_metrics(tiny.llama(), ensemble, **options)
     assert found == pytest.approx(divergence_metrics(tiny.llama(), big(), **options), rel=1e-6)
     tuned = adapter(folder / "a", 3)
@@ -344,14 +404,18 @@ def test_the_number_of_teachers_fits_the_method(tmp_path):
         trainer(tmp_path, teacher=[big(), big(2)])
     with pytest.raises(ValueError, match="expected several teachers for method gated_ensemble; got one: pass"):
         trainer(tmp_path, teacher=[big()], method="gated_ensemble")
-    assert trainer(tmp_path, teacher=[big()]).pair.teacher.peft_config
+    assert trainer(tmp_path, teacher=[big()]).teacher.peft_config
 
 
 # --- the command line ---
 
 
-def train(folder, output, method, *options):
-    paths = ("--teacher", str(folder / "teacher"), "--student", str(folder / "student"), "--output-dir", str(output))
+def train(folder, output, method, *options, teachers=("teacher",)):
+    """`--teacher` of one, `--teachers` of several: names of directories, or name=directory."""
+    named = [text.rpartition("=") for text in teachers]
+    sources = [f"{name}{equals}{folder / source}" for name, equals, source in named]
+    paths = ("--teachers" if len(sources) > 1 else "--teacher", *sources)
+    paths += ("--student", str(folder / "student"), "--output-dir", str(output))
     data = ("--train-file", str(folder / "train.jsonl"), "--eval-answers", "0", "--max-steps", "4", "--use-cpu")
     return main(["train", method, *paths, *data, "--disable-tqdm", "true", "--learning-rate", "1e-2", *options])
 
@@ -363,48 +427,61 @@ def test_online_teacher_with_a_method_whose_teacher_is_frozen(folder, tmp_path):
         assert (saved(**feed()).logits - big()(**feed()).logits).abs().max() > 1e-3, "it has learned"
 
 
-@pytest.mark.parametrize("method", ["sft", "gated_ensemble", "rl_multi_teacher"])
+@pytest.mark.parametrize("method", ["gated_ensemble", "rl_multi_teacher", "routed"])
 def test_online_teacher_is_refused_elsewhere(method):
     with pytest.raises(ValueError, match=f"online_teacher with a method that distils from one teacher; got {method}"):
         OKDConfig(method=method, online_teacher=True)
 
 
+@pytest.mark.parametrize("method", ["sft", "seqkd"])
+def test_online_teacher_is_not_read_where_nothing_is_distilled(method):
+    with pytest.raises(ValueError, match=f"options that method {method} reads; got online_teacher=True"):
+        OKDConfig(method=method, online_teacher=True)
+
+
 def test_several_teachers_from_the_command_line(folder, tmp_path, capsys):
-    more = [str(folder / "a"), str(folder / "other")]
-    assert train(folder, tmp_path / "run", "rl_multi_teacher", "--more-teachers", *more) == 0
+    several = ("teacher", "a", "other")
+    assert train(folder, tmp_path / "run", "rl_multi_teacher", teachers=several) == 0
     files = {p.name for p in (tmp_path / "run").iterdir()}
     assert "selection.safetensors" in files and "teacher_adapter" not in files
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert found["after"]["perplexity"] < found["before"]["perplexity"]
     written, _ = parse_train(["--config", str(tmp_path / "run" / "config.yaml")])
-    assert written.more_teachers == more
+    assert written.teachers == [str(folder / name) for name in several] and written.teacher is None
     capsys.readouterr()
-    assert train(folder, tmp_path / "x", "okd", "--more-teachers", *more) == 2
+    assert train(folder, tmp_path / "x", "okd", teachers=several) == 2
     assert "expected one teacher for method okd; got 3" in capsys.readouterr().err
     assert train(folder, tmp_path / "x", "gated_ensemble") == 2
-    assert "--more-teachers" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    assert "--teachers" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    assert train(folder, tmp_path / "x", "gated_ensemble", "--teacher", "another", teachers=several) == 2
+    assert "expected --teacher, or several as --teachers; got both" in capsys.readouterr().err
+
+
+def test_named_teachers_teach_the_examples_that_name_them(folder, tmp_path, capsys):
+    examples = [{**e, "teacher": ("math", "chat")[i % 2]} for i, e in enumerate(tiny.examples(40))]
+    (tmp_path / "routed.jsonl").write_text("\n".join(json.dumps(e) for e in examples))
+    data = ("--train-file", str(tmp_path / "routed.jsonl"))
+    named = ("math=teacher", "chat=other")
+    assert train(folder, tmp_path / "run", "routed", *data, teachers=named) == 0
+    capsys.readouterr()
+    assert train(folder, tmp_path / "x", "routed", *data, teachers=("math=teacher", "talk=other")) == 2
+    error = capsys.readouterr().err
+    assert '"teacher" of every example to be one of math, talk; got chat in ' in error
+    assert train(folder, tmp_path / "x", "routed", *data, teachers=("math=teacher", "math=other")) == 2
+    assert "expected teachers as name=source, each name once" in capsys.readouterr().err
 
 
 def test_tokenizers_of_all_teachers_are_compared(folder, tmp_path, capsys):
     tiny.llama(seed=2).save_pretrained(tmp_path / "odd")
     tiny.tokenizer(vocab=60).save_pretrained(tmp_path / "odd")
-    more = ("--more-teachers", str(folder / "a"), str(tmp_path / "odd"))
-    assert train(folder, tmp_path / "run", "gated_ensemble", *more) == 2
+    assert train(folder, tmp_path / "run", "gated_ensemble", teachers=("teacher", "a", str(tmp_path / "odd"))) == 2
     assert "share a tokenizer; 4 tokens differ" in capsys.readouterr().err
 
 
 def test_the_student_of_a_shared_base_has_no_adapters(folder, tmp_path):
-    arguments = [
-        "train",
-        "gated_ensemble",
-        "--teacher",
-        str(folder / "teacher"),
-        "--student-layers",
-        "0,2",
-        "--use-cpu",
-    ]
-    arguments += ["--more-teachers", str(folder / "a"), "--train-file", str(folder / "train.jsonl"), "--max-steps", "1"]
-    assert main([*arguments, "--eval-answers", "0", "--output-dir", str(tmp_path)]) == 0
+    arguments = ["train", "gated_ensemble", "--teachers", str(folder / "teacher"), str(folder / "a")]
+    arguments += ["--student-layers", "0,2", "--use-cpu", "--train-file", str(folder / "train.jsonl")]
+    assert main([*arguments, "--max-steps", "1", "--eval-answers", "0", "--output-dir", str(tmp_path)]) == 0
     student = load_model(str(tmp_path / "student"))
     assert not [n for n, _ in student.named_parameters() if "lora" in n] and student.config.num_hidden_layers == 2
 
@@ -431,10 +508,14 @@ def test_a_resumed_run_does_not_choose_the_weights_again(folder, tmp_path, monke
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"online_start": 1.5}, r"online_start in \[0, 1\], a share of the training; got 1.5"),
-        ({"selection_warmup": -1.0}, r"selection_warmup in \[0, 1\]"),
-        ({"clda_share": 0.0}, r"clda_share in \(0, 1\], a share of the weights; got 0.0"),
-        ({"method": "forward_kd", "alternating": True}, "expected alternating with a method whose teacher learns"),
+        ({"online_start": 1.5}, "online_start to be at least 0 and at most 1; got 1.5"),
+        ({"selection_warmup": -1.0}, "selection_warmup to be at least 0 and at most 1; got -1.0"),
+        ({"clda_share": 0.0}, "clda_share to be above 0 and at most 1; got 0.0"),
+        ({"method": "forward_kd", "alternating": True}, "options that method forward_kd reads; got alternating=True"),
+        (
+            {"method": "taid", "online_teacher": True, "alternating": True},
+            "expected alternating with a method whose teacher learns by its divergence, such as okd or clda; got taid",
+        ),
         ({"early_stopping_patience": 2}, "evaluations to watch; got 2 and no evaluations: pass eval_strategy"),
         ({"early_stopping_patience": 0, "eval_strategy": "steps", "eval_steps": 1}, "patience of at least 1"),
     ],
