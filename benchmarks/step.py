@@ -260,6 +260,11 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         trainer.pair.distil = loss
         reset_peak(device)
         trainer.train()
+    if len(loss.tokens) != count:
+        raise ValueError(
+            f"expected a method that calls distil once a step, as forward_kd does; got {len(loss.tokens)} calls in "
+            f"{count} steps of {job['variant']}: time it with benchmarks.methods"
+        )
     measured = slice(job["warmup"], None)
     return {
         "step_s": clock.steps[measured],

@@ -85,13 +85,13 @@ class Checkpointing:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Beside what continues a run, and not merely its weights: the sampler's state."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is not None:
             self.sampler.load(self._sampler_file(Path(checkpoint)))
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Beside the random state that every process saves with a checkpoint: its sampler's."""
-        super()._save_rng_state(output_dir)
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
         if self.sampler.state:
             self.sampler.save(self._sampler_file(Path(output_dir)))
 

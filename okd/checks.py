@@ -12,11 +12,11 @@ from torch import nn
 from transformers.utils import logging
 
 from okd import sampling
-from okd.data import Row
+from okd.data import Row, start_of_response
 from okd.ensemble import Ensemble
 from okd.methods import METHODS, Method
 from okd.models import check_head, position_limit
-from okd.objectives import PolicyGradientOptions
+from okd.on_policy import PolicyGradientOptions
 from okd.online import Online, attach_online_module
 from okd.salience import calibration_batches, non_salient_modules
 from okd.teachers import Averaged, Frozen, Itself, refuse_injected
@@ -212,6 +212,11 @@ def warn_of_models(student: Any, teacher: Any, options: Any, rows: Sequence[Row]
     """Of what will be slow, or end in an error that says little. Raises ValueError where fp16 weights would train."""
     if teacher is not None and teacher.learns:
         check_trained_dtypes("teacher's online module", teacher)
+    if options.online and options.resolved.responses in (sampling.interleaved, sampling.mixture):
+        logger.warning(
+            f"expected references that an online teacher learns from; method {options.resolved.name} has none, as all "
+            "responses are the student's: nothing holds the teacher where it was"
+        )
     warn_of_slow_products((student, teacher), options)
     warn_of_long_rows([student, getattr(teacher, "model", None)], rows)
 
@@ -230,13 +235,18 @@ def warn_of_slow_products(models: Sequence[Any], options: Any) -> None:
 
 def warn_of_long_rows(models: Sequence[Any], rows: Sequence[Row]) -> None:
     """Learned position embeddings end in an index error there, on a GPU in one that names no index."""
-    longest = max((len(row["input_ids"]) for row in rows), default=0)
+    longest = max((len(row["input_ids"]) + _longer_prompt(row) for row in rows), default=0)
     limit = min((n for n in map(position_limit, models) if n is not None), default=longest)
     if longest > limit:
         logger.warning(
             f"expected rows of at most {limit} tokens, as both models have positions; got one of {longest}: "
             f"pass max_length={limit}, unless the models extrapolate"
         )
+
+
+def _longer_prompt(row: Row) -> int:
+    """Tokens by which the teacher's prompt is longer than the student's."""
+    return max(0, len(row["teacher_prompt"]) - start_of_response(row)) if "teacher_prompt" in row else 0
 
 
 def refuse_sharded(trainer: Any, resuming: bool) -> None:

@@ -10,10 +10,12 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from okd import objectives, sampling
+from okd import mixup, objectives, sampling
 from okd.decoding import Draw
 from okd.methods import METHODS, OKD_TEACHER, DivergenceOptions, Method, readers_of
-from okd.objectives import ContrastiveOptions, MixupOptions, PolicyGradientOptions, TaidOptions
+from okd.mixup import MixupOptions
+from okd.objectives import TaidOptions
+from okd.on_policy import ContrastiveOptions, PolicyGradientOptions
 from okd.online import LoraOptions, OnlineOptions, PromptOptions, SalienceOptions
 from okd.options import check, option
 from okd.sampling import (
@@ -205,7 +207,7 @@ class OKDConfig(
                 f"{self.early_stopping_patience} and {'no' if self.eval_strategy == 'no' else 'some'} evaluations: "
                 "pass eval_strategy='steps'"
             )
-        if method.loss is objectives.mixkd and self.per_device_train_batch_size < 2:
+        if method.loss is mixup.mixkd and self.per_device_train_batch_size < 2:
             raise ValueError(
                 f"expected a per_device_train_batch_size of at least 2 rows for method {method.name} to mix; got "
                 f"{self.per_device_train_batch_size}: raise it, and lower gradient_accumulation_steps instead"
@@ -219,6 +221,18 @@ class OKDConfig(
             raise ValueError(
                 f"expected alternating with a method whose teacher learns by its divergence, such as okd or clda; got "
                 f"{method.name}: leave it out"
+            )
+        if self.average_decay != SelfTeacherOptions.average_decay and self.self_teacher != "average":
+            raise ValueError(
+                f"expected average_decay with self_teacher=average; got {self.average_decay} without: leave it out"
+            )
+        self._check_generation(method)
+
+    def _check_generation(self, method: Method) -> None:
+        if method.generate == "epoch" and method.responses not in (sampling.teacher, sampling.paired):
+            raise ValueError(
+                f"expected generate=epoch with a method whose policy is `teacher` or `paired`; got {method.name}: pass "
+                "step"
             )
         if method.generate == "once" and method.responses is not sampling.teacher:
             raise ValueError(

@@ -93,6 +93,24 @@ def rows_of(batch: Batch) -> list[Row]:
     return rows
 
 
+def batch_rows(batch: Batch, rows: list[int]) -> Batch:
+    """Some rows of a batch, as a batch of their own."""
+    at = torch.tensor(rows)
+    part: Any = {n: x[at.to(x.device)] for n, x in batch.items() if isinstance(x, Tensor) and x.dim() == 2}
+    part |= {name: [x[i] for i in rows] for name, x in batch.items() if isinstance(x, list)}
+    tokens, row = tokens_of(batch, rows), []
+    for i, n in enumerate(part["counts"]):
+        row += [i] * n
+    for prefix in ("", "teacher_"):
+        if f"{prefix}positions" in batch:
+            values: Any = batch
+            length = values[f"{prefix}input_ids"].shape[1]
+            places = values[f"{prefix}positions"][tokens] % length
+            part[f"{prefix}positions"] = places + torch.tensor(row, device=places.device) * length
+    part["targets"] = batch["targets"][tokens]
+    return part
+
+
 def start_of_response(row: Row) -> int:
     """Tokens before the first response token; all of them without one."""
     return next((i for i, label in enumerate(row["labels"]) if label != IGNORE), len(row["labels"]))

@@ -1,4 +1,4 @@
-"""Several teachers over one vocabulary: mixed, selected, or named by the data (`okd.selection`, `okd.objectives`).
+"""Several teachers over one vocabulary: weighed or selected (`okd.selection`), or named by the data.
 
 Shapes: N response tokens; D_i the hidden size of teacher i.
 """
@@ -8,15 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from okd.data import Batch
+from okd.data import Batch, batch_rows, tokens_of
 from okd.models import check_head, load_model, response_rows
+from okd.objectives import Totals, joined
+from okd.selection import Lesson
 from okd.teachers import Frozen, base_of, refuse_injected
-from okd_kernels import LinearHead
+from okd_kernels import DistillationLoss, LinearHead
+
+if TYPE_CHECKING:
+    from okd.pair import StudentTeacher
 
 
 class Ensemble(nn.Module):
@@ -109,6 +114,67 @@ class Ensemble(nn.Module):
             yield model
 
     after_update, train = Frozen.after_update, Frozen.train
+
+
+def ensemble(pair: StudentTeacher, batch: Batch, totals: Totals) -> DistillationLoss:
+    """sum_i w_i D(p_i, q) + c CE over the teachers, with each example's weights w from the pair's selection.
+
+    The weights sum to one, so that of sum_i w_i (D(p_i, q) + c CE) the cross-entropy counts once. They hang on the
+    losses themselves (a teacher's NLL), so per-token losses come first, and both projections are made twice per
+    teacher: forward, and again with the gradients in backward. Whole logits never exist.
+
+    Metrics: those of `okd_kernels`, averaged with the weights; `distillation_loss` sum_i w_i D(p_i, q); and for teacher
+    i = 1, 2, ... `teacher_<i>_weight`, and with a policy `teacher_<i>_selected`.
+    """
+    teachers: Any = pair.teacher
+    targets, student = batch["targets"], pair.student_rows(batch)
+    taught = [teachers.taught(i, batch) for i in range(len(teachers.members))]
+    losses = [pair.distil(student, rows, targets, teacher_head=head, reduction="none") for rows, head in taught]
+    example = batch["positions"] // batch["input_ids"].shape[1]
+    examples = torch.arange(len(batch["counts"]), device=example.device).unsqueeze(1)
+    own = (example == examples).to(losses[0].student.dtype)  # (B, N)
+    c = pair.student_objective.ce_weight
+    divergences = torch.stack([loss.student.detach() - c * loss.metrics["student_nll"] for loss in losses], 1)
+    mean = own / own.sum(1, keepdim=True).clamp_min(1)
+    lesson = Lesson(batch, student.detach(), taught, losses, divergences, mean, pair.seed, pair.progress)
+    assert pair.selection is not None
+    with torch.autocast(student.device.type, enabled=False):  # what it compares are small differences of large sums
+        choice = pair.selection(lesson)
+
+    weights = choice.weights[example]  # (N, K)
+    per_token = (weights * torch.stack([loss.student for loss in losses], 1)).sum(1)
+    weights = weights.detach()
+    metrics = {
+        name: (weights * torch.stack([loss.metrics[name] for loss in losses], 1)).sum(1) for name in losses[0].metrics
+    }
+    metrics["distillation_loss"] = (weights * divergences).sum(1)
+    for name, value in {"weight": weights, **{k: v[example] for k, v in choice.metrics.items()}}.items():
+        metrics |= {f"teacher_{i}_{name}": column for i, column in enumerate(value.unbind(1), start=1)}
+    return DistillationLoss(per_token.sum() / totals.tokens, None, metrics)
+
+
+def routed(pair: StudentTeacher, batch: Batch, totals: Totals) -> DistillationLoss:
+    """D(p_i, q) + c CE, i the teacher that each example names. A teacher reads its own examples only.
+
+    Metrics beyond the usual: `distillation_loss`, KL(p_i || q), whatever D is.
+    """
+    teachers: Any = pair.teacher
+    lost = [row for row, name in zip(batch["ids"], batch["teachers"], strict=True) if name not in teachers.names]
+    if lost:
+        raise ValueError(
+            f'expected "teacher" of every example to be one of {", ".join(teachers.names)}; got another, or none, in '
+            f"{', '.join(lost[:5])}: correct it, in the held-out examples too"
+        )
+    student, parts = pair.student_rows(batch), []
+    for i, name in enumerate(teachers.names):
+        rows = [row for row, of in enumerate(batch["teachers"]) if of == name]
+        if rows:
+            at = tokens_of(batch, rows)
+            hidden, head = teachers.taught(i, batch_rows(batch, rows))
+            loss = pair.distil(student[at], hidden, batch["targets"][at], totals.tokens, teacher_head=head)
+            parts.append((at, loss))
+    loss = joined(parts)
+    return loss._replace(metrics=loss.metrics | {"distillation_loss": loss.metrics["forward_kl"]})
 
 
 def is_adapter(source: str) -> bool:

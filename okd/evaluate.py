@@ -214,7 +214,7 @@ class Evaluation:
     control: Any
     data_collator: Any
     eval_dataset: Any
-    is_sharded: bool
+    is_sharded: Any
     log: Any
     meters: Any
     pair: Any
@@ -240,14 +240,20 @@ class Evaluation:
             raise ValueError("expected an eval_dataset; got None: pass one to OKDTrainer or to evaluate")
         if isinstance(rows, Mapping):
             metrics: dict[str, float] = {}
-            for name, part in rows.items():
-                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            for i, (name, part) in enumerate(rows.items()):
+                metrics |= self._evaluate_set(
+                    part, f"{metric_key_prefix}_{name}", adapts=eval_dataset is None and i == 0
+                )
             return metrics
+        # what others evaluate in between is nothing that the method should adapt to
+        return self._evaluate_set(rows, metric_key_prefix, adapts=eval_dataset is None)
+
+    def _evaluate_set(self, rows: Sequence[Row], prefix: str, adapts: bool) -> dict[str, float]:
         with not_counted(self.meters, self.sampler):
             found = self.measured(rows)
-            if eval_dataset is None:  # not for other data that somebody else evaluates in between
+            if adapts:
                 self.sampler.on_evaluate(found["cross_entropy"])
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items() if name != "cross_entropy"}
+            metrics = {f"{prefix}_{name}": value for name, value in found.items() if name != "cross_entropy"}
             self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -282,6 +288,11 @@ class Evaluation:
                     sums[name] = sums.get(name, 0.0) + values.double().sum().item()
                 tokens += len(batch["targets"])
         return {name: value / max(tokens, 1) for name, value in sums.items()}
+
+    def first_eval_set(self) -> list[Row]:
+        """The evaluation set that the method adapts to: of several by name the first."""
+        rows: Any = self.eval_dataset
+        return next(iter(rows.values())) if isinstance(rows, Mapping) else rows
 
     def held_out_batches(self) -> Any:
         """Held-out batches, one after the other, for a reward that asks how good the student has become."""

@@ -142,10 +142,11 @@ class Lines(TrainerCallback):
 def not_counted(*clocks: Any) -> Iterator[None]:
     """What happens inside takes no part in the rates of these meters (`since`)."""
     started = time.perf_counter()
-    yield
-    seconds = time.perf_counter() - started
-    for clock in clocks:
-        clock.since += seconds
+    try:
+        yield
+    finally:
+        for clock in clocks:
+            clock.since += time.perf_counter() - started
 
 
 class Logging:

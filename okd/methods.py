@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from okd import objectives, sampling, selection
+from okd import ensemble, mixup, objectives, on_policy, sampling, selection
 from okd.decoding import Draw
 from okd.online import MODULE_OPTIONS, OnlineOptions
 from okd.options import groups_of, option
@@ -110,13 +110,13 @@ _PRESETS = (
         "mixkd",
         "MixKD (arXiv 2011.00593): cross-entropy and forward KL, on mixed embeddings too",
         Objective("forward_kl", ce_weight=1.0),
-        loss=objectives.mixkd,
+        loss=mixup.mixkd,
     ),
     Method(
         "minillm",
         "MiniLLM (arXiv 2306.08543): policy gradient of the responses' reverse KL",
         Objective("reverse_kl"),
-        loss=objectives.minillm,
+        loss=on_policy.minillm,
         responses=sampling.mixture,
         teacher_share=0.2,
         fixed_divergence=True,
@@ -125,7 +125,7 @@ _PRESETS = (
         "distillm2",
         "DistiLLM-2 (arXiv 2503.07067): skew KL on the teacher's responses, skew reverse KL on the student's",
         Objective("skew_kl", alpha=0.1),
-        loss=objectives.Contrastive,
+        loss=on_policy.Contrastive,
         responses=sampling.paired,
         draw=Draw(temperature=0.8),
         generate="epoch",
@@ -174,20 +174,20 @@ _PRESETS = (
         "gated_ensemble",
         "several teachers, each example's weights learned by a gate (arXiv 2011.04106)",
         Objective("forward_kl", ce_weight=1.0),
-        loss=objectives.ensemble,
+        loss=ensemble.ensemble,
         selection=selection.Gate,
     ),
     Method(
         "rl_multi_teacher",
         "several teachers, each example's selected by a policy (arXiv 2012.06048)",
         Objective("forward_kl", ce_weight=1.0),
-        loss=objectives.ensemble,
+        loss=ensemble.ensemble,
         selection=selection.Policy,
     ),
     Method(
         "routed",
         "several teachers, each example's named by the data",
-        loss=objectives.routed,
+        loss=ensemble.routed,
         is_routed=True,
     ),
 )

@@ -164,7 +164,8 @@ def attach_online_module(teacher: Any, options: Any, modules: Sequence[str] | No
     import peft
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    kind, config = options.resolved.online_module, None
+    kind: str = options.resolved.online_module
+    config: Any
     if modules is not None:
         config = peft.LoraConfig(
             task_type="CAUSAL_LM", target_modules=DUMMY_TARGET_MODULES, modules_to_save=list(modules)

@@ -34,7 +34,8 @@ class StudentTeacher(nn.Module):
     def __init__(self, student: Any, teacher: Any | None, options: Any):
         super().__init__()
         method = options.resolved
-        self.student, self.teacher, self.options, self.method = student, teacher, options, method
+        self.student, self.options, self.method = student, options, method
+        self.teacher: Any = teacher
         self.student_objective: Objective = method.student
         self.loss: Any = method.loss(options) if isinstance(method.loss, type) else method.loss
         self.seed, self.progress, self.progress_after = (options.seed, 0), 0.0, 0.0

@@ -319,8 +319,9 @@ def _models(config: RunConfig, sources: dict[str, str], device: torch.device) ->
     student: Any
     teacher: Any = None
     tokenizer: Any = None
-    first, *others = sources.values() if sources else [None]
-    if first is not None:
+    others = list(sources.values())
+    if others:
+        first = others.pop(0)
         tokenizer, teacher = load_tokenizer(first), load_model(first, config.dtype, device)
     if config.student is not None:
         student_tokenizer = load_tokenizer(config.student)

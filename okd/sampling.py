@@ -171,7 +171,7 @@ class Sampler:
 
     def __call__(self, batches: Sequence[Batch], step: int) -> list[Batch]:
         """The batches of one optimizer step, written by whom the policy chooses; on the device of the old ones."""
-        result = []
+        result: list[Any] = []
         self.step, self.coin = step, uniform(self.options.seed, step)
         for i, batch in enumerate(batches):
             device, started = batch["input_ids"].device, time.perf_counter()
@@ -192,7 +192,7 @@ class Sampler:
             turn, place = divmod(i, len(self.texts))
             order = torch.Generator().manual_seed(seed_of(self.options.seed, "texts", turn))
             at = int(torch.randperm(len(self.texts), generator=order)[place])
-            chosen.append(Row(**{**self.texts[at], "writer": TEXT}))  # type: ignore[typeddict-item]
+            chosen.append(Row(**{**self.texts[at], "writer": TEXT}))
         return chosen
 
     # --- writing
@@ -307,8 +307,8 @@ class Sampler:
         return self.kept[name]
 
     def _key(self, asked: Asked) -> str:
-        """Of a prompt as it is answered by this run's teacher, options and seed."""
-        return f"{seed_of(self._how, asked.limit, *asked.prompt):x}"
+        """Of an example as it is answered by this run's teacher, options and seed."""
+        return f"{seed_of(self._how, asked.name, asked.limit, *asked.prompt):x}"
 
     @cached_property
     def _how(self) -> int:
@@ -325,22 +325,24 @@ class Sampler:
 
     def _beams(self, asked: Sequence[Asked]) -> list[list[int]]:
         """The teacher's most probable responses, by beam search (sequence-level KD, arXiv 1606.07947)."""
+        responses: list[list[int]] = [[] for _ in asked]
         with self._author(TEACHER) as author:
-            size = len(LinearHead.from_model(author).weight)
-            responses = [
-                generate_responses(
+            padding = range(self._vocab_size(), len(LinearHead.from_model(author).weight))
+            for limit in sorted({one.limit for one in asked}):
+                at = [i for i, one in enumerate(asked) if one.limit == limit]
+                written = generate_responses(
                     author,
-                    [one.prompt],
+                    [asked[i].prompt for i in at],
                     ends=end_tokens(self.tokenizer, self.pair.student, author),
                     pad_token_id=padding_token(self.tokenizer),
-                    max_new_tokens=one.limit,
-                    batch_size=1,
+                    max_new_tokens=limit,
+                    batch_size=self.options.per_device_eval_batch_size,
                     progress=False,
                     num_beams=self.options.num_beams,
-                    suppress_tokens=list(range(self._vocab_size(), size)) or None,
-                )[0]
-                for one in asked
-            ]
+                    suppress_tokens=list(padding) or None,
+                )
+                for i, response in zip(at, written, strict=True):
+                    responses[i] = response
         self.note(generated_tokens=sum(map(len, responses)))
         return responses
 

@@ -138,10 +138,11 @@ class Policy(Selection):
     selected. Before that update it would be the same whoever was.
 
     An advantage is how much the reward rose by the update (what it was before, no action changes), less the mean rise
-    of the step's other examples, over the usual deviation of it; a held-out accuracy, which is of the whole step, is
-    taken from its running mean. For `selection_warmup` of the training all teachers teach. Where none is selected, the
-    most probable one teaches; the policy is still judged by what it drew, which keeps the gradient unbiased. Out of
-    training nothing is drawn: teachers of probability 1/2 or more are selected.
+    of the step's other examples (the usual one, where there is no other), over the usual deviation from it; a held-out
+    accuracy, which is of the whole step, is taken from its running mean. For `selection_warmup` of the training all
+    teachers teach. Where none is selected, the most probable one teaches; the policy is still judged by what it drew,
+    which keeps the gradient unbiased. Out of training nothing is drawn: teachers of probability 1/2 or more are
+    selected.
     """
 
     RATE = 0.05  # of the running moments, once 20 steps have been seen; before, all weigh the same

@@ -84,7 +84,7 @@ class Frozen(nn.Module):
 
     def train(self, mode: bool = True) -> Any:
         """Dropout would blur the target."""
-        return nn.Module.train(self, False)  # type: ignore[arg-type]
+        return nn.Module.train(self, False)
 
 
 class Averaged(nn.Module):

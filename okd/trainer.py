@@ -21,6 +21,7 @@ from okd.models import describe_parameters
 from okd.objectives import Totals
 from okd.pair import StudentTeacher
 from okd.sampling import Sampler
+from okd.selection import Policy
 from okd_kernels import DistillationLoss
 
 logger = logging.get_logger(__name__)
@@ -68,11 +69,11 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
         checks.check_arguments(processing_class, kwargs)
         datasets = (train_dataset, text_dataset, eval_dataset)
         train, texts, held_out = (encoded_rows(data, processing_class, args) for data in datasets)
-        collator = kwargs.pop("data_collator", None) or Collator(processing_class.pad_token_id)
+        collator: Any = kwargs.pop("data_collator", None) or Collator(processing_class.pad_token_id)
         checks.check_student(student)
         checks.check_data(args, train or [], texts or [], held_out)
         teacher = checks.prepare_teacher(teacher, args, student, train, collator)
-        checks.warn_of_models(student, teacher, args, [*(train or []), *(held_out if isinstance(held_out, list) else [])])
+        checks.warn_of_models(student, teacher, args, train or [])
         pair = StudentTeacher(student, teacher, args)
         super().__init__(
             model=pair,
@@ -92,7 +93,7 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         pair.is_replicated = ranks() > 1 and not self.is_sharded
-        if getattr(pair.selection, "reward", None) == "dev":
+        if isinstance(pair.selection, Policy) and pair.selection.reward == "dev":
             pair.selection.held_out = self.held_out_batches()
         self.sampler = Sampler(args, pair, processing_class, train or (), texts or ())
         self.meters, self.log_file = Meters(), LogFile(Path(str(args.output_dir)))
@@ -196,8 +197,8 @@ class _AroundUpdate(TrainerCallback):
             trainer.log_file.start(state.global_step)
         trainer.sampler.begin_run(int(state.epoch or 0) if state.global_step else -1)
         trainer.accelerator.wait_for_everyone()
-        if trainer.sampler.wants_reference and args.eval_strategy != "no" and isinstance(trainer.eval_dataset, list):
-            trainer.sampler.on_evaluate(trainer.measured(trainer.eval_dataset)["cross_entropy"])
+        if trainer.sampler.wants_reference and args.eval_strategy != "no":
+            trainer.sampler.on_evaluate(trainer.measured(trainer.first_eval_set())["cross_entropy"])
         trainer.meters, trainer._step = Meters(), []
         trainer.sampler.since = trainer.meters.since
 

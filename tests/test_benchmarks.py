@@ -139,14 +139,23 @@ def test_candidates_train_on_equally_many_tokens(variant, loss):
     if variant.partition(":")[0] not in step.METHODS:
         pytest.skip("no method of this version")
     job = {
-        **{"variant": variant, "loss": loss, "student": "llama-tiny", "teacher": "llama-tiny", "device": "cpu"},
-        **{"dtype": "fp32", "batch_size": 2, "length": 17, "warmup": 1, "steps": 2},
-    }
+        "variant": variant, "loss": loss, "student": "llama-tiny", "teacher": "llama-tiny", "device": "cpu",
+        "dtype": "fp32", "batch_size": 2, "length": 17, "warmup": 1, "steps": 2,
+    }  # fmt: skip
     found = step.run_job(job)
     assert found["tokens"] == [2 * 9] * 2
     for whole, part, before in zip(found["step_s"], found["loss_s"], found["before_s"], strict=True):
         assert 0 < part < whole and 0 < before < whole
     assert found["peak_bytes"] > 2**20
+
+
+def test_a_method_whose_loss_cannot_be_timed_is_refused():
+    job = {
+        "variant": "sft", "loss": "ours", "student": "llama-tiny", "teacher": "llama-tiny", "device": "cpu",
+        "dtype": "fp32", "batch_size": 2, "length": 17, "warmup": 1, "steps": 1,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="calls distil once a step, as forward_kd does; got 0 calls in 2 steps of sft"):
+        step.run_job(job)
 
 
 def test_variants_are_methods_with_typed_options():

@@ -18,7 +18,8 @@ from okd import METHODS, OKDConfig, OKDTrainer, checkpoints
 from okd.answers import prompt_and_reference
 from okd.data import IGNORE, Collator, rows_of, seed_of
 from okd.ensemble import Ensemble
-from okd.objectives import Totals, batch_rows, divergence
+from okd.data import batch_rows
+from okd.objectives import Totals, divergence
 from okd.online import Online, attach_online_module
 from okd.pair import StudentTeacher
 from okd.teachers import Frozen
