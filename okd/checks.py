@@ -189,13 +189,8 @@ def check_arguments(tokenizer: Any, ignored: Mapping[str, Any]) -> None:
         )
 
 
-def check_data(options: Any, rows: Sequence[Row], texts: Sequence[Row], held_out: Any = None) -> None:
+def check_data(options: Any, rows: Sequence[Row], texts: Sequence[Row]) -> None:
     """Raise ValueError for data that the method would not read, or read otherwise than they say."""
-    if options.resolved.responses is sampling.replay and isinstance(held_out, Mapping):
-        raise ValueError(
-            f"expected one eval_dataset with method {options.resolved.name}, which adapts to its loss; got "
-            f"{len(held_out)} by name: pass one, and evaluate the others afterwards"
-        )
     if texts and PolicyGradientOptions not in options.resolved.option_groups:
         raise ValueError(f"expected text_dataset with minillm, which reads it; got it with {options.resolved.name}")
     if options.resolved.responses not in (sampling.interleaved, sampling.mixture):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,8 +112,9 @@ class LogFile:
 
     def write(self, entry: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(finite) + "\n")  # JSON has no inf
 
 
 def brief(logs: Mapping[str, Any]) -> dict[str, str]:

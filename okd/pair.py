@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from okd.data import Batch
 from okd.models import response_rows
 from okd.objectives import Loss, Totals
 from okd.selection import Selection
 from okd_kernels import DistillationLoss, LinearHead, Objective, linear_distillation_loss
+
+
+logger = logging.get_logger(__name__)
 
 
 class StudentTeacher(nn.Module):
@@ -137,6 +141,10 @@ class StudentTeacher(nn.Module):
         return hasattr(self.loss, "after_update")
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
+        chosen = options.get("gradient_checkpointing_kwargs") or {}
+        if self.is_replicated and chosen.get("use_reentrant"):  # DDP takes one backward of each weight, MixKD has two
+            logger.warning("expected use_reentrant=False under DDP; got True: checkpoints are not reentrant here")
+            options["gradient_checkpointing_kwargs"] = {**chosen, "use_reentrant": False}
         self.student.gradient_checkpointing_enable(**options)
         if self.teacher is not None and self.teacher.learns:
             self.teacher.gradient_checkpointing_enable(**options)

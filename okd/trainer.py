@@ -71,7 +71,7 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
         train, texts, held_out = (encoded_rows(data, processing_class, args) for data in datasets)
         collator: Any = kwargs.pop("data_collator", None) or Collator(processing_class.pad_token_id)
         checks.check_student(student)
-        checks.check_data(args, train or [], texts or [], held_out)
+        checks.check_data(args, train or [], texts or [])
         teacher = checks.prepare_teacher(teacher, args, student, train, collator)
         checks.warn_of_models(student, teacher, args, train or [])
         pair = StudentTeacher(student, teacher, args)

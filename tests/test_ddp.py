@@ -88,7 +88,9 @@ def outcome(run):
     if run.pair.method.needs_teacher and not run.pair.teacher.judges:
         weights |= {f"teacher.{name}": p.clone() for name, p in run.pair.teacher.model.named_parameters()}
     names = ("student_loss", "teacher_loss", "forward_kl", "grad_norm", "teacher_grad_norm", "target_t")
-    logs = [{name: entry[name] for name in names if name in entry} for entry in run.state.log_history if "loss" in entry]
+    logs = [
+        {name: entry[name] for name in names if name in entry} for entry in run.state.log_history if "loss" in entry
+    ]
     return weights, logs
 
 

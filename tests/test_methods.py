@@ -270,6 +270,8 @@ def refused_for_another_reason(method, name):
         return f"expected no {name} with generate=once, which searches by beams"
     if name == "num_beams" and method.generate == "epoch":
         return "expected num_beams with generate=once; got 3 with generate=epoch, which samples"
+    if name == "average_decay":
+        return "expected average_decay with self_teacher=average; got 0.25 without"
     if name == "online_teacher" and several:
         return f"expected online_teacher with a method that distils from one teacher; got {method.name}"
     return None

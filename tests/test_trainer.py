@@ -698,10 +698,17 @@ def test_each_set_is_evaluated_under_its_own_name(tmp_path):
     assert run.state.best_metric == pytest.approx(found["eval_far_forward_kl"], rel=1e-6)
 
 
-def test_refuses_several_sets_where_the_method_adapts_to_one(tmp_path):
+def test_of_several_sets_by_name_a_method_adapts_to_the_first(tmp_path):
     sets = {"near": tiny.examples(8, seed=9), "far": tiny.examples(6, seed=5)}
-    with pytest.raises(ValueError, match=r"expected one eval_dataset with method distillm, .*; got 2 by name"):
-        trainer(tmp_path, method="distillm", eval_dataset=sets, eval_strategy="epoch")
+    options = {"method": "distillm", "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.0}
+    run = trainer(tmp_path, eval_dataset=sets, **options)
+    run.train()
+    rows = encode(sets["near"], tiny.tokenizer(), max_length=512).rows
+    found = divergence_metrics(run.pair.student, run.teacher, rows, pad_token_id=tiny.EOS, progress=False)
+    assert run.sampler.state["reference"] == pytest.approx(math.log(found["perplexity"]), rel=1e-6)
+    assert run.sampler.state["phi"] == 0, (
+        "neither the first set's loss has risen, nor was the second's compared with it"
+    )
 
 
 def test_a_perplexity_beyond_floats_is_infinite(tmp_path):
