@@ -15,7 +15,6 @@ from okd.objectives import Loss, Totals
 from okd.selection import Selection
 from okd_kernels import DistillationLoss, LinearHead, Objective, linear_distillation_loss
 
-
 logger = logging.get_logger(__name__)
 
 

@@ -16,9 +16,8 @@ from torch.utils._pytree import tree_leaves
 import okd_kernels
 from okd import METHODS, OKDConfig, OKDTrainer, checkpoints
 from okd.answers import prompt_and_reference
-from okd.data import IGNORE, Collator, rows_of, seed_of
+from okd.data import IGNORE, Collator, batch_rows, rows_of, seed_of
 from okd.ensemble import Ensemble
-from okd.data import batch_rows
 from okd.objectives import Totals, divergence
 from okd.online import Online, attach_online_module
 from okd.pair import StudentTeacher
