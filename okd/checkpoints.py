@@ -5,12 +5,14 @@ Plain `from_pretrained` loads the student, and plain `peft` the adapter.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from okd.models import load_model
 from okd.pair import StudentTeacher
@@ -65,6 +67,7 @@ class Checkpointing:
     """What `Trainer` asks of a trainer whose model is a pair."""
 
     args: Any
+    ends: set[int]
     pair: Any
     sampler: Any
     state: Any
@@ -76,6 +79,10 @@ class Checkpointing:
         directory = Path(str(output_dir or self.args.output_dir))
         save(self.pair, directory, state_dict)
         self.tokenizer.save_pretrained(directory / STUDENT)
+        generation = copy.deepcopy(self.pair.student.generation_config)
+        generation.eos_token_id = sorted(self.ends) or None  # where the responses that it learned end
+        # not save_pretrained, which refuses what is odd in many published ones as soon as they are changed
+        generation.to_json_file(directory / STUDENT / GENERATION_CONFIG_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load(self.pair, Path(resume_from_checkpoint))

@@ -200,10 +200,17 @@ def _chat_template_argument(parser: argparse.ArgumentParser) -> None:
         choices=("true", "false"),
         help="render prompts with the tokenizer's chat template, as in training (default: where it has one)",
     )
+    parser.add_argument("--chat-template-kwargs", help="JSON of variables for the chat template, as in training")
 
 
-def _chat_template(options: argparse.Namespace) -> bool | None:
-    return None if options.chat_template is None else options.chat_template == "true"
+def _encoding(options: argparse.Namespace, source: str) -> dict[str, Any]:
+    """What `okd.data.encode` takes of the options, and the stop tokens of the model."""
+    from okd.chat import ChatOptions
+    from okd.models import stop_tokens
+
+    chosen = None if options.chat_template is None else options.chat_template == "true"
+    chat = ChatOptions(chat_template=chosen, chat_template_kwargs=options.chat_template_kwargs)
+    return {"chat_template": chosen, "template_kwargs": chat.template_kwargs, "ends": stop_tokens(source)}
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -240,7 +247,7 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     tokenizer = load_tokenizer(options.student)
     if options.teacher is not None:
         check_tokenizers(tokenizer, load_tokenizer(options.teacher))
-    encoded = encode(examples, tokenizer, max_length=options.max_length, chat_template=_chat_template(options))
+    encoded = encode(examples, tokenizer, max_length=options.max_length, **_encoding(options, options.student))
     print(encoded.summary(), file=sys.stderr)
     if options.exposure_bias is not None:
         answerable_prompts(encoded.rows)  # raises before anything takes time
@@ -278,7 +285,7 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
     examples = prompts or read_jsonl(options.file, completions=False)
     tokenizer, model = load_tokenizer(options.model), _load(options.model)
     limit = position_limit(model) or sys.maxsize
-    encoded = encode(examples, tokenizer, max_length=limit, chat_template=_chat_template(options))
+    encoded = encode(examples, tokenizer, max_length=limit, max_bad_share=0, **_encoding(options, options.model))
     unanswerable = [name for names in encoded.skipped.values() for name in names]
     unanswerable += [row["id"] for row in encoded.rows if len(prompt_and_reference(row)[0]) < 2]
     if unanswerable:

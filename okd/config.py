@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from okd import mixup, objectives, sampling
+from okd.chat import ChatOptions
 from okd.decoding import Draw
 from okd.methods import METHODS, OKD_TEACHER, DivergenceOptions, Method, readers_of
 from okd.mixup import MixupOptions
@@ -60,6 +61,7 @@ class OKDConfig(
     ContrastiveOptions,
     InterleavedOptions,
     ReplayOptions,
+    ChatOptions,
     TrainingArguments,
 ):
     """transformers' TrainingArguments plus the method's options. Defaults follow the OKD paper, where it has any.
@@ -78,9 +80,6 @@ class OKDConfig(
     )
     vocab_size: int | None = option(None, "columns shared by both heads where they are padded differently")
     max_length: int = option(512, "tokens of an example; longer ones are cut on the right, and counted", least=1)
-    chat_template: bool | None = option(
-        None, "render examples with the tokenizer's chat template; default: if it has one"
-    )
 
     # transformers' options whose defaults differ here
     learning_rate: float = option(2e-4, "peak learning rate of the student")
@@ -109,6 +108,7 @@ class OKDConfig(
         if self.ddp_find_unused_parameters is None:  # what does not learn at a step gets a gradient of zero instead
             self.ddp_find_unused_parameters = False
         check(self)
+        _ = self.template_kwargs  # raises where they are none
         if not isinstance(self.method, Method) and self.method not in METHODS:
             raise ValueError(f"expected method to be one of {', '.join(METHODS)}, or a Method; got {self.method!r}")
         self._resolved = self._resolve()
@@ -252,4 +252,4 @@ class OKDConfig(
             )
 
 
-GROUPS = tuple(base for base in OKDConfig.__bases__ if base is not TrainingArguments)
+GROUPS = tuple(base for base in OKDConfig.__bases__ if base not in (TrainingArguments, ChatOptions))

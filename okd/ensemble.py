@@ -177,6 +177,18 @@ def routed(pair: StudentTeacher, batch: Batch, totals: Totals) -> DistillationLo
     return loss._replace(metrics=loss.metrics | {"distillation_loss": loss.metrics["forward_kl"]})
 
 
+def models_of(teacher: Any) -> list[Any]:
+    """The models of what a trainer takes as its teacher: one, several, or by name."""
+    given: list[Any] = [teacher]
+    if isinstance(teacher, Ensemble):
+        given = list(teacher.models)
+    elif isinstance(teacher, list | tuple):
+        given = list(teacher)
+    elif isinstance(teacher, Mapping):
+        given = list(teacher.values())
+    return [member[0] if isinstance(member, tuple) else member for member in given]
+
+
 def is_adapter(source: str) -> bool:
     """A directory that holds a PEFT adapter rather than a model."""
     return (Path(source) / "adapter_config.json").is_file()

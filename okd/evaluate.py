@@ -213,6 +213,7 @@ class Evaluation:
     callback_handler: Any
     control: Any
     data_collator: Any
+    ends: set[int]
     eval_dataset: Any
     is_sharded: Any
     log: Any
@@ -235,7 +236,11 @@ class Evaluation:
                 "expected whole models on each process to evaluate; got sharded ones: pass eval_strategy='no', and "
                 "give the saved student to okd evaluate"
             )
-        rows: Any = self.eval_dataset if eval_dataset is None else encoded_rows(eval_dataset, self.tokenizer, self.args)
+        rows: Any = (
+            self.eval_dataset
+            if eval_dataset is None
+            else encoded_rows(eval_dataset, self.tokenizer, self.args, self.ends)
+        )
         if rows is None:
             raise ValueError("expected an eval_dataset; got None: pass one to OKDTrainer or to evaluate")
         if isinstance(rows, Mapping):

@@ -77,6 +77,17 @@ def load_model(source: str, dtype: str | torch.dtype = "auto", device: str | tor
     return model
 
 
+def stop_tokens(source: str) -> set[int]:
+    """Ids that end a response by the model's `generation_config.json`; none where it has no such file."""
+    from transformers import GenerationConfig
+
+    try:
+        given = GenerationConfig.from_pretrained(_locate(source)["pretrained_model_name_or_path"]).eos_token_id
+    except OSError:
+        return set()
+    return set(given if isinstance(given, list) else [given]) - {None}
+
+
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; its end-of-sequence token pads where it has no pad token."""
     from transformers import AutoTokenizer

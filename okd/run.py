@@ -24,11 +24,12 @@ import yaml
 from peft import PeftModel
 
 import okd_kernels
+from okd.answers import end_tokens
 from okd.checkpoints import ADAPTER
 from okd.checks import check_number_of_teachers
 from okd.config import OKDConfig
-from okd.data import Row, encode, read_jsonl, split_by_hash
-from okd.ensemble import is_adapter, load_ensemble, named_sources
+from okd.data import Row, encode, encoding_options, read_jsonl, split_by_hash
+from okd.ensemble import is_adapter, load_ensemble, models_of, named_sources
 from okd.evaluate import evaluate
 from okd.models import check_tokenizers, keep_layers, load_model, load_tokenizer, parse_layers
 from okd.options import option
@@ -79,7 +80,7 @@ class RunConfig:
     lm_file: str | None = option(None, "plain text that minillm learns beside the responses, as train_file")
     train_file: str | None = option(None, "JSON lines with messages, prompt + completion, or text")
     eval_file: str | None = option(
-        None, "held-out JSON lines; default: a share of train_file, chosen by hash of the id"
+        None, "held-out JSON lines; default: a share of train_file, chosen by hash of the prompt"
     )
     eval_share: float = option(0.1, "share of train_file that is held out where there is no eval_file")
     eval_examples: int | None = option(256, "held-out examples that are measured before and after training")
@@ -121,7 +122,7 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
     written_config = yaml.safe_dump(exact_config(config, args), sort_keys=False)
     if checkpoint:
         _check_same_run(output_dir / "config.yaml", written_config)
-    rows = _encoded(tokenizer, args, train_examples, held_out)
+    rows = _encoded(tokenizer, end_tokens(tokenizer, student, *models_of(teacher)), args, train_examples, held_out)
     trainer = OKDTrainer(
         student,
         teacher,
@@ -184,10 +185,12 @@ def _sources(config: RunConfig, args: OKDConfig) -> dict[str, str]:
     return sources
 
 
-def _encoded(tokenizer: Any, args: OKDConfig, train: list[Any], held_out: list[Any]) -> dict[str, list[Row]]:
+def _encoded(
+    tokenizer: Any, ends: set[int], args: OKDConfig, train: list[Any], held_out: list[Any]
+) -> dict[str, list[Row]]:
     rows = {}
     for name, part in (("train", train), ("held-out", held_out)):
-        encoded = encode(part, tokenizer, max_length=args.max_length, chat_template=args.chat_template)
+        encoded = encode(part, tokenizer, ends=ends, **encoding_options(args))
         if args.process_index == 0:
             print(f"{name}: {encoded.summary()}")
         rows[name] = encoded.rows
@@ -327,6 +330,9 @@ def _models(config: RunConfig, sources: dict[str, str], device: torch.device) ->
         student_tokenizer = load_tokenizer(config.student)
         if tokenizer is not None:
             check_tokenizers(student_tokenizer, tokenizer)
+            if not student_tokenizer.chat_template and tokenizer.chat_template:
+                print(f"{config.student} has no chat template: its teacher's is used, and saved with it")
+                student_tokenizer.chat_template = tokenizer.chat_template
         tokenizer, student = student_tokenizer, load_model(config.student, config.dtype, device)
     else:
         student = teacher

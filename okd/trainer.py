@@ -12,9 +12,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from okd import checks
+from okd.answers import end_tokens
 from okd.checkpoints import Checkpointing
 from okd.config import OKDConfig
 from okd.data import Batch, Collator, encoded_rows
+from okd.ensemble import models_of
 from okd.evaluate import Evaluation
 from okd.meters import Bar, Lines, LogFile, Logging, Meters, ranks, summed
 from okd.models import describe_parameters
@@ -67,8 +69,9 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
     ):
         args = args or OKDConfig()
         checks.check_arguments(processing_class, kwargs)
+        ends = end_tokens(processing_class, student, *models_of(teacher))
         datasets = (train_dataset, text_dataset, eval_dataset)
-        train, texts, held_out = (encoded_rows(data, processing_class, args) for data in datasets)
+        train, texts, held_out = (encoded_rows(data, processing_class, args, ends) for data in datasets)
         collator: Any = kwargs.pop("data_collator", None) or Collator(processing_class.pad_token_id)
         checks.check_student(student)
         checks.check_data(args, train or [], texts or [])
@@ -86,6 +89,7 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
         )
         self.pair: Any = pair
         self.tokenizer: Any = processing_class
+        self.ends = ends
         for callback in (ProgressCallback, PrinterCallback):
             self.pop_callback(callback)
         self.add_callback(Lines if args.disable_tqdm else Bar)

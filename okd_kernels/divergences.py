@@ -90,51 +90,51 @@ _IN_PYTORCH = {
 
 
 # --- The formulas, (log_q, log_p, q, p, alpha, beta) -> (l, g), elementwise
-def _forward_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
+def _forward_kl(log_q, log_p, q, p, alpha, beta):
     """KL(p || q)"""
     return p * (log_p - log_q) - p + q, q - p
 
 
-def _reverse_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
+def _reverse_kl(log_q, log_p, q, p, alpha, beta):
     """KL(q || p)"""
     g = q * (log_q - log_p)
     return g - q + p, g
 
 
-def _skew_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
+def _skew_kl(log_q, log_p, q, p, alpha, beta):
     """KL(p || m), m = alpha p + (1 - alpha) q  (DistiLLM, arXiv 2402.03898, Eq. 3)"""
     m = positive(alpha * p + (1 - alpha) * q)
     return p * (log_p - log(m)) - p + m, (1 - alpha) * q * (1 - p / m)
 
 
-def _skew_reverse_kl(log_q, log_p, q, p, alpha, beta) -> Terms:
+def _skew_reverse_kl(log_q, log_p, q, p, alpha, beta):
     """KL(q || m), m = (1 - alpha) p + alpha q  (DistiLLM, Eq. 4)"""
     m = positive((1 - alpha) * p + alpha * q)
     g = q * (log_q - log(m))
     return g - q + m, g + alpha * q * (1 - q / m)
 
 
-def _skew_reverse_kl_detached(log_q, log_p, q, p, alpha, beta) -> Terms:
+def _skew_reverse_kl_detached(log_q, log_p, q, p, alpha, beta):
     """The same number with the q in m held still: the gradient of KL(q || m), m constant  (DistiLLM-2, 2503.07067)"""
     m = positive((1 - alpha) * p + alpha * still(q))
     g = q * (log_q - log(m))
     return g - q + m, g
 
 
-def _jsd(log_q, log_p, q, p, alpha, beta) -> Terms:
+def _jsd(log_q, log_p, q, p, alpha, beta):
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q  (GKD, arXiv 2306.13649, Eq. 1)"""
     log_m = log(positive(beta * p + (1 - beta) * q))
     g = (1 - beta) * q * (log_q - log_m)
     return g + beta * p * (log_p - log_m), g
 
 
-def _tvd(log_q, log_p, q, p, alpha, beta) -> Terms:
+def _tvd(log_q, log_p, q, p, alpha, beta):
     """Total variation, sum |p - q| / 2"""
     signs = sign(q - p)
     return 0.5 * signs * (q - p), 0.5 * q * signs
 
 
-def _alpha_beta(log_q, log_p, q, p, alpha, beta) -> Terms:
+def _alpha_beta(log_q, log_p, q, p, alpha, beta):
     """ABKD (arXiv 2505.04560; Cichocki et al. 2011, Eq. 20). Relative to the larger of p and q, as exp(x) - 1: the
     textbook's powers cancel where p and q are close."""
     top = larger(log_q, log_p)

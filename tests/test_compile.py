@@ -169,6 +169,7 @@ def test_what_cannot_be_counted_raises(line, replacement, message):
         passes(SASS_LOOP.replace(line, replacement), SASS)
 
 
+@pytest.mark.slow
 def test_no_launch_that_tuning_may_choose_spills(tmp_path):
     code = """
 import json

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from okd import data
-from okd.data import Collator, encode, read_jsonl, rows_of, rows_written, seed_of, split_by_hash, uniform
+from okd.chat import APART, THOUGHTLESS
+from okd.data import Collator, Encoded, encode, read_jsonl, rows_of, rows_written, seed_of, split_by_hash, uniform
 from okd.models import response_rows
 from okd.stdlib_examples import stdlib_examples
 
@@ -112,14 +113,46 @@ def test_read_jsonl_keeps_every_shape_and_names_examples_by_file_and_line(tmp_pa
         (b'{"text": ["' + b"x" * 500 + b'"]}', 'or {"text": string}', "xxx...; rename"),
     ],
 )
-def test_read_jsonl_says_which_line_is_no_example(tmp_path, line, expected, got):
+def test_read_jsonl_names_a_line_without_an_example_and_says_why(tmp_path, line, expected, got):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"text": "good"}\n\n' + line + b"\n")
+    good, bad = read_jsonl(path)
+    assert good == {"text": "good", "id": "bad.jsonl:1"}
+    assert set(bad) == {"id", "bad"} and bad["id"] == "bad.jsonl:3"
+    assert expected in bad["bad"] and got in bad["bad"] and len(bad["bad"]) < 300
     with pytest.raises(ValueError) as error:
-        read_jsonl(path)
-    message = str(error.value)
-    assert message.startswith(f"{path}:3: ") and expected in message and got in message
-    assert len(message) < len(str(path)) + 300
+        encode([good, bad], make_tokenizer(), max_length=99)
+    assert f"got 1 of 2: {bad['bad']} (bad.jsonl:3). Correct them" in str(error.value)
+
+
+def test_one_bad_line_in_two_hundred_is_counted_and_the_rest_trains(tmp_path):
+    path = tmp_path / "train.jsonl"
+    lines = [json.dumps({"prompt": f"{i}+1?", "completion": f"{i + 1}"}) for i in range(200)]
+    path.write_text("\n".join([*lines[:77], '{"prompt": "77+1?", ', *lines[77:]]))
+    encoded = encode(read_jsonl(path), make_tokenizer(), max_length=99)
+    assert len(encoded.rows) == 200 and list(encoded.bad.values()) == [["train.jsonl:78"]]
+    tokens = sum(len(f"{i}+1?{i + 1}") + 1 for i in range(200))
+    responses = sum(len(str(i + 1)) + 1 for i in range(200))
+    start = (
+        f"200 examples, {tokens:,} tokens ({responses} response); skipped 1 (train.jsonl:78): expected a JSON object"
+    )
+    assert encoded.summary().startswith(start)
+    path.write_text("\n".join([*lines, *['{"prompt": '] * 3]))  # 3 of 203 are more than 1 %
+    with pytest.raises(
+        ValueError, match=r"at most 1\.0 % of the examples to be none; got 3 of 203: .*\(train.jsonl:201"
+    ):
+        encode(read_jsonl(path), make_tokenizer(), max_length=99)
+    assert len(encode(read_jsonl(path), make_tokenizer(), max_length=99, max_bad_share=0.02).rows) == 200
+    one = [{"text": "x"}] * 99 + [{"id": "none"}]
+    assert len(encode(one, make_tokenizer(), max_length=99).rows) == 99, "1 % is at most 1 %"
+    with pytest.raises(ValueError, match=r"at most 0\.0 %"):
+        encode(one, make_tokenizer(), max_length=99, max_bad_share=0)
+
+
+def test_a_field_of_the_name_bad_is_like_any_other(tmp_path):
+    path = tmp_path / "rated.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b", "bad": "no"}')
+    assert encode(read_jsonl(path), make_tokenizer(), max_length=9).bad == {}
 
 
 def test_read_jsonl_says_that_a_file_is_empty_or_missing(tmp_path):
@@ -201,25 +234,29 @@ def test_fields_that_are_none_are_absent():
     assert row["id"] == "#0" and response_of(tokenizer, row) == "b<|im_end|>"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
-    drops_old_turns = (
+def test_a_template_that_rewrites_earlier_turns_gives_each_turn_a_row_of_its_own():
+    hides_old_turns = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
         "{{ m['content'] if loop.last or m['role'] == 'user' else 'old' }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    tokenizer = make_tokenizer(drops_old_turns)
+    tokenizer = make_tokenizer(hides_old_turns)
     single = {"id": "one", "messages": [user("a"), assistant("b")]}
-    assert response_of(tokenizer, encode([single], tokenizer, max_length=99).rows[0]) == "b<|im_end|>"
     double = {"id": "two", "messages": [user("a"), assistant("b"), user("c"), assistant("d")]}
-    with pytest.raises(
-        ValueError, match=r"example two: expected a chat template that only appends.* at message 1; split"
-    ):
-        encode([single, double], tokenizer, max_length=99)
+    encoded = encode([single, double], tokenizer, max_length=99)
+    start = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    first = tokens_of(tokenizer, (start, False), ("b<|im_end|>", True), ("\n", False))
+    more = start + "old<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    second = tokens_of(tokenizer, (more, False), ("d<|im_end|>", True), ("\n", False))
+    assert [row["id"] for row in encoded.rows] == ["one", "two#1", "two#2"]
+    assert [(row["input_ids"], row["labels"]) for row in encoded.rows] == [first, first, second]
+    assert encoded.notes == {APART: ["two"]} and encoded.bad == {}
 
 
-def test_a_generation_prompt_unlike_the_turn_is_refused():
+def test_a_template_without_a_turn_like_its_prompt_is_refused():
     tokenizer = make_tokenizer(CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"))
-    with pytest.raises(ValueError, match="example #0: expected a chat template that only appends"):
+    expected = r"got 1 of 1: expected a chat template that renders a turn after its own prompt; .*chat_template=False"
+    with pytest.raises(ValueError, match=rf"{expected}.* \(#0\)"):
         encode([{"prompt": "a", "completion": "b"}], tokenizer, max_length=99)
 
 
@@ -227,19 +264,30 @@ def test_errors_of_the_chat_name_the_example_and_the_remedy():
     tokenizer, bare = make_tokenizer(CHATML), make_tokenizer()
     chat = {"id": "x7", "messages": [user("a"), assistant("b")]}
     for options, this in (({}, bare), ({"chat_template": False}, bare), ({"chat_template": False}, tokenizer)):
-        with pytest.raises(ValueError, match=r'example x7: expected a chat template for "messages", got .*; set'):
+        with pytest.raises(ValueError, match=r'1 of 1: expected a chat template for "messages", got .*; set.*\(x7\)'):
             encode([chat], this, max_length=99, **options)
     with pytest.raises(ValueError, match=r"chat_template=True, got one without; set tokenizer.chat_template, or pass"):
         encode([chat], bare, max_length=99, chat_template=True)
     with pytest.raises(
-        ValueError, match='example x8: expected a message before that of role "assistant", got none; begin'
+        ValueError, match=r'expected a message before that of role "assistant", got none; begin.*\(x8\)'
     ):
         encode([{"id": "x8", "messages": [assistant("b")]}], tokenizer, max_length=99)
-    with pytest.raises(ValueError, match=r"example #1: expected .*got 'just a string'; write an object"):
+    with pytest.raises(ValueError, match=r"1 of 2: expected .*got 'just a string'; write an object \(#1\)"):
         encode([chat, "just a string"], tokenizer, max_length=99)
     strict = make_tokenizer("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ValueError, match="example x7: roles must alternate"):
+    with pytest.raises(ValueError, match=r"roles must alternate \(x7\)"):
         encode([chat], strict, max_length=99)
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_a_lone_surrogate_is_counted_under_the_id_of_its_example(template, tmp_path):
+    path = tmp_path / "cut.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"id": "cut", "prompt": "a", "completion": "b\\ud83d"}\n')
+    examples = read_jsonl(path)
+    assert examples[1]["completion"] == "b\ud83d"
+    encoded = encode(examples, make_tokenizer(template), max_length=200, max_bad_share=0.5)
+    assert [row["id"] for row in encoded.rows] == ["cut.jsonl:1"] and list(encoded.bad.values()) == [["cut"]]
+    encoded.summary().encode()  # can be printed
 
 
 def test_a_slow_tokenizer_is_refused_for_chat():
@@ -282,8 +330,47 @@ def test_the_first_token_has_no_label_though_it_is_response():
 
 
 def test_raw_text_needs_an_eos_token():
-    with pytest.raises(ValueError, match=r"example #0: expected an eos token .*got none; set tokenizer.eos_token"):
+    with pytest.raises(ValueError, match=r"expected an eos token .*got none; set tokenizer.eos_token \(#0\)"):
         encode([{"text": "a"}], make_tokenizer(eos=None), max_length=99)
+
+
+def sentencepiece(scheme, kind):
+    """Puts a space, as "\u2581", before each text. Prefers long pieces, with or without such a space before them."""
+    words = ["\u2581ab", "ab", "\u2581cd", "cd", "\u2581Q:", "\u2581A:", "Q:", "A:"]
+    pieces = ["<unk>", "</s>", "\u2581", *"abcdQA:\n", *words]
+    if kind == "unigram":
+        model = models.Unigram([(p, -1.0 if p in words else -9.0) for p in pieces], unk_id=0)
+    else:
+        merges = [("a", "b"), ("c", "d"), ("\u2581", "ab"), ("\u2581", "cd"), ("Q", ":"), ("A", ":")]
+        merges += [("\u2581", "Q:"), ("\u2581", "A:")]
+        vocab = {p: i for i, p in enumerate(pieces)}
+        model = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", pad_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_tokenizer_that_puts_a_space_before_each_text_reads_prompt_and_completion_as_one(scheme, kind):
+    tokenizer = sentencepiece(scheme, kind)
+    for prompt, completion, before, response in (
+        ("ab", "cd", ["\u2581ab"], ["cd"]),
+        ("ab", " cd", ["\u2581ab"], ["\u2581cd"]),
+        ("Q: ab\nA:", " cd ab", ["\u2581Q:", "\u2581ab", "\n", "A:"], ["\u2581cd", "\u2581ab"]),
+        ("ab", "", ["\u2581ab"], []),
+        ("", "ab cd", [], ["\u2581ab", "\u2581cd"]),
+        # one piece lies across the boundary: the response has it, or it would lose its first word
+        ("ab ", "cd ab", ["\u2581ab"], ["\u2581cd", "\u2581ab"]),
+    ):
+        given = {"prompt": prompt, "completion": completion}
+        (row,) = encode([given], tokenizer, max_length=99).rows
+        joined = tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
+        expected = tokenizer.convert_tokens_to_ids([*before, *response, "</s>"])
+        assert row["input_ids"] == [*joined, tokenizer.eos_token_id] == expected, (prompt, completion)
+        first = len(before) or 1
+        assert row["labels"] == [-100] * first + expected[first:], (prompt, completion)
 
 
 # --- encode: length, rows, accounts ---
@@ -322,6 +409,24 @@ def test_summary_writes_thousands_and_leaves_out_what_did_not_happen():
     assert encoded.summary() == "2 examples, 2,402 tokens (2,400 response)"
 
 
+def test_summary_says_what_was_bad_and_what_was_done():
+    encoded = Encoded(
+        rows=[{"id": "x#1", "input_ids": [1, 2, 3], "labels": [-100, 2, 3]}],
+        bad={"expected a JSON object": [f"f:{i}" for i in range(6)], "roles must alternate": ["y"]},
+        notes={APART: ["x"], THOUGHTLESS: ["x", "z"]},
+    )
+    assert encoded.summary() == (
+        "1 examples, 3 tokens (2 response); skipped 6 (f:0, f:1, f:2, f:3, f:4, ...): expected a JSON object; "
+        "skipped 1 (y): roles must alternate; "
+        "1 with turns as rows of their own, as the template rewrites earlier ones (x); "
+        "2 with an empty thought of the template's, which is not trained (x, z)"
+    )
+    encoded = Encoded(bad={f"reason {i}": [f"id{i}a", f"id{i}b"] for i in range(1007)})
+    parts = encoded.summary().split("; ")
+    assert parts[1:6] == [f"skipped 2 (id{i}a, id{i}b): reason {i}" for i in range(5)]
+    assert parts[6:] == ["skipped 2,004 for other reasons"]
+
+
 def test_no_example_left_is_an_error_that_says_why():
     sharegpt = {"id": "s", "messages": [user("a"), {"role": "gpt", "content": "b"}]}
     with pytest.raises(ValueError, match=r'got 0 examples.*skipped 1 without response token \(s\); .*role "assistant"'):
@@ -345,7 +450,7 @@ def test_rows_pass_through_under_the_same_rules():
     assert encoded.truncated == ["#1"]
     assert encode(encoded.rows, make_tokenizer(), max_length=3).rows == encoded.rows
     assert given[0]["labels"] == [9, 8, -100]  # the caller's list is untouched
-    with pytest.raises(ValueError, match="example #0: expected a label for each of 2 tokens, got 0; use -100 for none"):
+    with pytest.raises(ValueError, match=r"expected a label for each of 2 tokens, got 0; use -100 for none \(#0\)"):
         encode([{"input_ids": [1, 2]}], make_tokenizer(), max_length=3)
 
 
@@ -431,13 +536,19 @@ def test_a_teacher_reads_a_prompt_of_its_own():
 def test_teacher_prompts_that_are_refused():
     tokenizer, bare = make_tokenizer(CHATML), make_tokenizer()
     turns = [user("a"), assistant("b"), user("c"), assistant("d")]
-    with pytest.raises(ValueError, match=r"example two: expected one response with teacher_prompt.*got several: split"):
+    with pytest.raises(ValueError, match=r"expected one response with teacher_prompt.*got several: split.*\(two\)"):
         encode([{"id": "two", "messages": turns, "teacher_prompt": "x"}], tokenizer, max_length=999)
+    apart = make_tokenizer(
+        CHATML.replace("m['content']", "m['content'] if loop.last or m['role'] == 'user' else 'old'")
+    )
+    assert len(encode([{"messages": turns}], apart, max_length=999).rows) == 2
+    with pytest.raises(ValueError, match=r"got several: split.*\(two\)"):  # though each has a row of its own
+        encode([{"id": "two", "messages": turns, "teacher_prompt": "x"}], apart, max_length=999)
     single = {"id": "one", "messages": turns[:2], "teacher_prompt": "x"}
     assert encode([single], tokenizer, max_length=999).rows[0]["teacher_prompt"]
     pair = {"id": "p", "prompt": "a", "completion": "b"}
     for this, given in ((bare, [user("a")]), (tokenizer, 7), (tokenizer, [{"role": "user"}]), (tokenizer, ["a"])):
-        with pytest.raises(ValueError, match="example p: expected teacher_prompt as a string, or messages where"):
+        with pytest.raises(ValueError, match=r"expected teacher_prompt as a string, or messages where.*\(p\)"):
             encode([{**pair, "teacher_prompt": given}], this, max_length=99)
 
 
@@ -591,9 +702,13 @@ print(json.dumps([examples, [name for name, file in imported.items() if file and
     assert stdlib_examples() == stdlib
 
 
-def test_split_is_a_function_of_the_id_alone(stdlib):
+def is_held_out(text, share=0.1):
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) < share * 16**8
+
+
+def test_split_is_a_function_of_the_prompt_alone(stdlib):
     train, held_out = split_by_hash(stdlib)
-    oracle = [int(hashlib.sha256(e["id"].encode()).hexdigest()[:8], 16) < 0.1 * 16**8 for e in stdlib]
+    oracle = [is_held_out(e["prompt"]) for e in stdlib]
     assert held_out == [e for e, out in zip(stdlib, oracle, strict=True) if out]
     assert train == [e for e, out in zip(stdlib, oracle, strict=True) if not out]
     assert 0.08 < len(held_out) / len(stdlib) < 0.12
@@ -603,8 +718,42 @@ def test_split_is_a_function_of_the_id_alone(stdlib):
     assert split_by_hash(stdlib, 0) == (stdlib, []) and split_by_hash(stdlib, 1) == ([], stdlib)
 
 
+def test_a_line_more_moves_no_other_example_to_another_side(tmp_path):
+    path = tmp_path / "train.jsonl"
+    lines = [json.dumps({"prompt": f"What is {i}?", "completion": "?"}) for i in range(300)]
+    sides = []
+    for written in (lines, [*lines[:10], '{"text": "new"}', "{", *lines[10:]]):
+        path.write_text("\n".join(written))
+        sides.append([{e["prompt"] for e in side if "prompt" in e} for side in split_by_hash(read_jsonl(path), 0.3)])
+    assert sides[0] == sides[1] and len(sides[0][0]) + len(sides[0][1]) == 300 and 60 < len(sides[0][1]) < 120
+
+
+def test_examples_of_one_prompt_lie_on_one_side():
+    prompts = [f"What is {i}?" for i in range(100)]
+    pairs = [{"id": f"{i}-{k}", "prompt": p, "completion": f"{k}"} for i, p in enumerate(prompts) for k in range(3)]
+    system = {"role": "system", "content": "S"}
+    chats = [
+        {"id": f"c{i}-{k}", "messages": [system, user(p), assistant(f"{k}"), user(f"more {k}"), assistant("")]}
+        for i, p in enumerate(prompts)
+        for k in range(3)
+    ]
+    for examples, text in (
+        (pairs, lambda e: e["prompt"]),
+        (chats, lambda e: json.dumps([["system", "S"], ["user", e["messages"][1]["content"]]])),
+        ([{"text": p, "messages": None, "prompt": None} for p in prompts], lambda e: e["text"]),
+        ([{"id": "one", "input_ids": [i, 2], "labels": [-100, 2]} for i in range(99)], lambda e: f"{e['input_ids']}"),
+        ([{"id": f"f:{i}", "bad": "no JSON"} for i in range(99)], lambda e: e["id"]),
+        ([{"id": f"f:{i}", "messages": ["no turn", {}]} for i in range(99)], lambda e: e["id"]),
+    ):
+        train, held_out = split_by_hash(examples, 0.3)
+        assert held_out == [e for e in examples if is_held_out(text(e), 0.3)] and len(held_out) > 10
+        assert train == [e for e in examples if not is_held_out(text(e), 0.3)]
+
+
+def test_split_takes_a_lone_surrogate():
+    assert sum(map(len, split_by_hash([{"prompt": "a\ud83d", "completion": "b"}]))) == 1
+
+
 def test_split_errors():
     with pytest.raises(ValueError, match=r"expected held_out to be a fraction in \[0, 1\], got 10; pass 0.1"):
         split_by_hash([], 10)
-    with pytest.raises(ValueError, match=r'expected an "id" to split by, got .*; give each example a lasting one'):
-        split_by_hash([{"text": "a"}])

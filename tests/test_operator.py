@@ -94,6 +94,7 @@ def test_inductor_gives_the_numbers_of_eager_mode(make, reduction):
         assert_as_eager(numbers(compiled, tensors, targets, reduction=reduction), eager, truth)
 
 
+@pytest.mark.slow
 def test_the_loss_inside_a_compiled_model():
     torch._dynamo.reset()
     _, (x, w, y, u), targets = linear(9)

@@ -128,6 +128,7 @@ def on_two_processes(arguments):
     assert done.stdout.count("Student, metrics and curves are in") == done.stdout.count("held-out:") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(folder, tmp_path):
     """Under torchrun: the first process writes, once, and half the batch on each is the whole batch on one."""
     together, alone = tmp_path / "together", tmp_path / "alone"
@@ -145,6 +146,7 @@ def test_two_processes_are_one_run(folder, tmp_path):
     assert (together / "checkpoint-2" / "teacher_adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_that_sample_resume(folder, tmp_path):
     """To the student of a run that was not stopped: what is drawn hangs on seed, step and example alone."""
     options = ("--max-steps", "3", "--save-strategy", "steps", "--save-steps", "2", "--student-share", "1.0")
@@ -378,6 +380,25 @@ def test_the_chat_template_is_that_of_the_training(folder, tmp_path, capsys):
         assert main(["generate", "--model", str(source), "--prompt", "w2 w3 w4", *options]) == 0
         seen[-1]["answer"] = capsys.readouterr().out
     assert seen[0] == seen[1] and seen[0]["forward_kl"] != seen[2]["forward_kl"]
+
+
+def test_a_student_without_a_chat_template_takes_its_teachers(folder, tmp_path, capsys):
+    teacher, other = tmp_path / "chat", tmp_path / "other"
+    for model, source, word in ((teacher, "teacher", "w50"), (other, "student", "w51")):
+        shutil.copytree(folder / source, model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer.chat_template = "{% for m in messages %}{{ 'WORD ' + m['content'] + ' <eos> ' }}{% endfor %}"
+        tokenizer.chat_template = tokenizer.chat_template.replace("WORD", word)
+        tokenizer.save_pretrained(model)
+    for student, said, word in ((folder / "student", 1, "w50"), (other, 0, "w51")):
+        output = tmp_path / f"run of {student.name}"
+        options = ("--teacher", str(teacher), "--student", str(student), "--max-steps", "1", "--eval-answers", "0")
+        assert train(folder, output, *options) == 0
+        printed = capsys.readouterr().out
+        assert printed.count(f"{student} has no chat template: its teacher's is used, and saved with it") == said
+        saved = AutoTokenizer.from_pretrained(output / "student")
+        rendered = saved.apply_chat_template([{"role": "user", "content": "w2"}], tokenize=False)
+        assert rendered == f"{word} w2 <eos> "
 
 
 def test_env(capsys):

@@ -1,0 +1,212 @@
+"""Conversations -> tokens: what a template renders, and which of its tokens are responses.
+
+A response token is one that the model must write itself: what begins in the text of an assistant turn, after the
+generation prompt, and the token that ends the turn. What a template puts there by itself (an empty thought) is none.
+
+1. A template with `{% generation %}` says which tokens those are.
+2. Else, where it only appends, the turns lie in one render of the conversation, each between the render of what comes
+   before it, with the generation prompt, and the render through it.
+3. Else (templates that drop the thoughts of earlier turns, as Qwen3's and R1's) each turn is a row of its own, rendered
+   as the model meets it at generation: its prefix with the generation prompt, and the turn.
+4. Turns that do not begin with their own prompt even so are left out, and counted.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from okd.options import option
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
+MARKED = re.compile(r"\{%-?\s*generation\b")
+APART, THOUGHTLESS, LOST = (
+    "with turns as rows of their own, as the template rewrites earlier ones",
+    "with an empty thought of the template's, which is not trained",
+    "with turns left out, which the template renders unlike their prompt",
+)
+
+
+@dataclass
+class ChatOptions:
+    """Read by all methods."""
+
+    chat_template: bool | None = option(
+        None, "render examples with the tokenizer's chat template; default: if it has one"
+    )
+    chat_template_kwargs: str | None = option(
+        None, """JSON of variables for the chat template, such as '{"enable_thinking": false}'"""
+    )
+    chat_date: str = option("2025-01-01", "the day that a template prints as today's; a resumed run prints it too")
+    max_bad_share: float = option(
+        0.01,
+        "share of the examples that may be none, or not fit the template, before a run is refused",
+        least=0,
+        most=1,
+    )
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """Raises ValueError for what is no JSON object, or no date."""
+        given = json.loads(self.chat_template_kwargs or "{}")
+        if not isinstance(given, dict):
+            raise ValueError(f"expected chat_template_kwargs as a JSON object; got {self.chat_template_kwargs}")
+        date = datetime.date.fromisoformat(self.chat_date)
+        return {"strftime_now": date.strftime, "date_string": date.strftime("%d %b %Y"), **given}
+
+
+@dataclass
+class Rendered:
+    """Rows (input_ids, labels) of one conversation, and what is to be said of it."""
+
+    rows: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Template:
+    """A fast tokenizer's chat template.
+
+    ends: ids that end a response at generation; the tokenizer's eos is one. kwargs: variables of the template, over
+    those of `ChatOptions`, which pin the date.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, ends: Collection[int] = (), kwargs: Mapping[str, Any] | None = None
+    ):
+        self.tokenizer, self.kwargs = tokenizer, {**ChatOptions().template_kwargs, **(kwargs or {})}
+        self.ends = {*ends, tokenizer.eos_token_id} - {None}
+        self.is_marked = bool(MARKED.search(str(tokenizer.chat_template)))
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, prompt: bool = False) -> str:
+        """Text; `prompt`: and what opens the turn that the model is to write."""
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": prompt, **self.kwargs}
+        conversation: Any = list(messages)
+        return str(self.tokenizer.apply_chat_template(conversation, tools=tools, **options))
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
+        return self.tokenizer(self.render(messages, tools, prompt=True), add_special_tokens=False)["input_ids"]
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Rendered:
+        """The rows of a conversation. Raises ValueError where nothing of it can be trained as it would be generated."""
+        found = Rendered()
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if turns[:1] == [0]:
+            raise ValueError('expected a message before that of role "assistant", got none; begin with a user message')
+        trained = [i for i in turns if is_trained(messages[i])]
+        if not trained:
+            return found
+        if self.is_marked:
+            found.rows.append(self._by_marks(messages, tools, turns, trained))
+            return found
+        text, spans = self.render(messages, tools), {}
+        for i in trained:
+            before, through = self.render(messages[:i], tools, prompt=True), self.render(messages[: i + 1], tools)
+            if through.startswith(before):
+                thought = _inserted_thought(messages[i], through[len(before) :])
+                if thought:
+                    found.notes.append(THOUGHTLESS)
+                spans[i] = through, len(before) + thought, len(through.rstrip())
+        if len(spans) < len(trained):
+            found.notes.append(LOST)
+        if not spans:
+            raise ValueError(
+                "expected a chat template that renders a turn after its own prompt; got one that rewrites it: pass "
+                "chat_template=False with prompt and completion, or another template"
+            )
+        if all(text.startswith(through) for through, _, _ in spans.values()):
+            found.rows.append(self._tokens(text, [(first, last) for _, first, last in spans.values()], messages, tools))
+        else:
+            found.notes.append(APART)
+            for i, (through, first, last) in spans.items():
+                found.rows.append(self._tokens(through, [(first, last)], messages[: i + 1], tools))
+        return found
+
+    def _tokens(
+        self, text: str, spans: Sequence[tuple[int, int]], messages: Sequence[Mapping[str, Any]], tools: Any
+    ) -> tuple[list[int], list[int]]:
+        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = tokens["input_ids"]
+        labels = [
+            # `first < end`: some tokenizers trim a space before the turn to an empty range, where the turn begins
+            token if any(first <= start < last and first < end for first, last in spans) else IGNORE
+            for token, (start, end) in zip(ids, tokens["offset_mapping"], strict=True)
+        ]
+        return self._closed(ids, labels, messages, tools)
+
+    def _by_marks(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, turns: Sequence[int], trained: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        conversation: Any = list(messages)
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True, **self.kwargs}
+        tokens: Any = self.tokenizer.apply_chat_template(conversation, tools=tools, **options)
+        ids, mask = list(tokens["input_ids"]), list(tokens["assistant_masks"])
+        labels, turn = [], -1
+        for i, (token, marked) in enumerate(zip(ids, mask, strict=True)):
+            turn += bool(marked and (i == 0 or not mask[i - 1]))
+            labels.append(token if marked and (turn >= len(turns) or turns[turn] in trained) else IGNORE)
+        return self._closed(ids, labels, messages, tools)
+
+    def _closed(
+        self, ids: list[int], labels: list[int], messages: Sequence[Mapping[str, Any]], tools: Any
+    ) -> tuple[list[int], list[int]]:
+        """With the token that ends each trained turn among its labels. Raises ValueError where a turn has none."""
+        ids, labels = list(ids), list(labels)
+        for i in [i for i, label in enumerate(labels) if label != IGNORE and labels[i + 1 : i + 2] in ([], [IGNORE])]:
+            if ids[i] in self.ends:
+                continue
+            if i + 1 < len(ids) and ids[i + 1] in self.ends:
+                labels[i + 1] = ids[i + 1]
+            elif i + 1 == len(ids):
+                end = self._closing(messages, tools)
+                ids.append(end)
+                labels.append(end)
+            else:
+                raise ValueError(
+                    f"expected a turn to end with a token that ends generation, one of {sorted(self.ends)}; the "
+                    f"template puts {ids[i + 1]} there: set tokenizer.eos_token, or the model's generation_config"
+                )
+        return ids, labels
+
+    def _closing(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> int:
+        """The token that a template puts after a turn only when another one follows, where generation ends at it."""
+        text = self.render(messages, tools)
+        more = self.render([*messages, {"role": "user", "content": "-"}], tools)
+        after = more[len(text) :] if more.startswith(text) else ""
+        first = self.tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+        if first and first[0] in self.ends:
+            return first[0]
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("expected an eos token to end the response with, got none; set tokenizer.eos_token")
+        return int(self.tokenizer.eos_token_id)
+
+
+def has_strings(value: Any, *keys: str) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in keys)
+
+
+def is_turn(message: Any) -> bool:
+    """{"role": str, "content": str}, the content null or absent where it calls tools."""
+    if not has_strings(message, "role"):
+        return False
+    content = message.get("content")
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+
+
+def is_trained(message: Mapping[str, Any]) -> bool:
+    """Unless it says otherwise, by `weight: 0` or `train: false`."""
+    return bool(message.get("weight", 1)) and message.get("train", True) is not False
+
+
+def _inserted_thought(message: Mapping[str, Any], response: str) -> int:
+    """Characters of an empty thought that the template has put before the turn, which has none."""
+    own = str(message.get("content") or "").lstrip().startswith("<think>")
+    found = EMPTY_THOUGHT.match(response)
+    return found.end() if found and not own and not message.get("reasoning_content") else 0
