@@ -15,20 +15,12 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import ProgressCallback, TrainerCallback
 
 from okd.data import Batch
 from okd.models import evaluating
 from okd.online import distance_from_base
 
 UNLOGGED = {"reverse_kl", "student_entropy", "teacher_entropy", "student_nll", "teacher_nll"}  # of a loss's metrics
-SHOWN = {  # of an entry, beside the bar or in its place
-    "student_loss": ("student", ".3f"),
-    "teacher_loss": ("teacher", ".3f"),
-    "base_forward_kl": ("KL", ".3f"),
-    "eval_loss": ("held-out loss", ".3f"),
-    "tokens_per_second": ("tok/s", ".0f"),
-}
 
 
 def ranks() -> int:
@@ -115,29 +107,6 @@ class LogFile:
         finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(finite) + "\n")  # JSON has no inf
-
-
-def brief(logs: Mapping[str, Any]) -> dict[str, str]:
-    """The few numbers of an entry that are shown while a run goes on."""
-    return {short: f"{logs[name]:{form}}" for name, (short, form) in SHOWN.items() if name in logs}
-
-
-class Bar(ProgressCallback):
-    """The training bar, with the last log entry beside it instead of a line for every entry."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None and (shown := brief(logs or {})):
-            self.training_bar.set_postfix(shown)
-
-
-class Lines(TrainerCallback):
-    """A line for every log entry, where there is no bar."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and (shown := brief(logs or {})):
-            numbers = "  ".join(f"{name} {value}" for name, value in shown.items())
-            place = f"step {state.global_step:,} of {state.max_steps:,}" if state.max_steps else "before training"
-            print(f"{place}  {numbers}", flush=True)
 
 
 @contextmanager

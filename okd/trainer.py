@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from okd import checks
 from okd.answers import end_tokens
+from okd.callbacks import AroundUpdate, Bar, Lines
 from okd.checkpoints import Checkpointing
 from okd.config import OKDConfig
 from okd.data import Batch, Collator, encoded_rows
 from okd.ensemble import models_of
 from okd.evaluate import Evaluation
-from okd.meters import Bar, Lines, LogFile, Logging, Meters, ranks, summed
+from okd.meters import LogFile, Logging, Meters, ranks, summed
 from okd.models import describe_parameters
 from okd.objectives import Totals
 from okd.pair import StudentTeacher
@@ -93,7 +94,7 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
         for callback in (ProgressCallback, PrinterCallback):
             self.pop_callback(callback)
         self.add_callback(Lines if args.disable_tqdm else Bar)
-        self.add_callback(_AroundUpdate(self))
+        self.add_callback(AroundUpdate(self))
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         pair.is_replicated = ranks() > 1 and not self.is_sharded
@@ -187,31 +188,3 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         checks.refuse_sharded(self, bool(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
-
-
-class _AroundUpdate(TrainerCallback):
-    """What happens around the optimizer's step, where `Trainer` calls back."""
-
-    def __init__(self, trainer: OKDTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        trainer = self.trainer
-        if state.is_world_process_zero:
-            trainer.log_file.start(state.global_step)
-        trainer.sampler.begin_run(int(state.epoch or 0) if state.global_step else -1)
-        trainer.accelerator.wait_for_everyone()
-        if trainer.sampler.wants_reference and args.eval_strategy != "no":
-            trainer.sampler.on_evaluate(trainer.measured(trainer.first_eval_set())["cross_entropy"])
-        trainer.meters, trainer._step = Meters(), []
-        trainer.sampler.since = trainer.meters.since
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        with self.trainer.accelerator.autocast():
-            self.trainer.sampler.begin_epoch(int(state.epoch or 0))
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.before_update()
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.after_update()
