@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
+# A macro in place of transformers' function: to templates it hands data only, no function of ours.
+NOW = """{%- macro strftime_now(format) -%}
+{%- set text = namespace(now=format) -%}
+{%- for directive, value in DATE.items() -%}{%- set text.now = text.now.replace(directive, value) -%}{%- endfor -%}
+{{- text.now -}}
+{%- endmacro %}
+"""
+DIRECTIVES = [f"%{letter}" for letter in "aAbBdHIjmMpSUwWyY"]
 MARKED = re.compile(r"\{%-?\s*generation\b")
 APART, THOUGHTLESS, LOST = (
     "with turns as rows of their own, as the template rewrites earlier ones",
@@ -82,14 +90,21 @@ class Template:
         self, tokenizer: PreTrainedTokenizerBase, ends: Collection[int] = (), kwargs: Mapping[str, Any] | None = None
     ):
         self.tokenizer, self.kwargs = tokenizer, {**ChatOptions().template_kwargs, **(kwargs or {})}
+        now = self.kwargs.pop("strftime_now")
+        date = {name: now(name) for name in DIRECTIVES}
+        self.now = NOW.replace("DATE", json.dumps(date | {"%-d": str(int(date["%d"])), "%-m": str(int(date["%m"]))}))
         self.ends = {*ends, tokenizer.eos_token_id} - {None}
         self.is_marked = bool(MARKED.search(str(tokenizer.chat_template)))
 
+    def _options(self, tools: Any) -> dict[str, Any]:
+        source = self.tokenizer.get_chat_template(None, tools)
+        return {"chat_template": (self.now if "strftime_now" in source else "") + source, "tools": tools, **self.kwargs}
+
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, prompt: bool = False) -> str:
         """Text; `prompt`: and what opens the turn that the model is to write."""
-        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": prompt, **self.kwargs}
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": prompt, **self._options(tools)}
         conversation: Any = list(messages)
-        return str(self.tokenizer.apply_chat_template(conversation, tools=tools, **options))
+        return str(self.tokenizer.apply_chat_template(conversation, **options))
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
         return self.tokenizer(self.render(messages, tools, prompt=True), add_special_tokens=False)["input_ids"]
@@ -145,8 +160,8 @@ class Template:
         self, messages: Sequence[Mapping[str, Any]], tools: Any, turns: Sequence[int], trained: Sequence[int]
     ) -> tuple[list[int], list[int]]:
         conversation: Any = list(messages)
-        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True, **self.kwargs}
-        tokens: Any = self.tokenizer.apply_chat_template(conversation, tools=tools, **options)
+        options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        tokens: Any = self.tokenizer.apply_chat_template(conversation, **options, **self._options(tools))
         ids, mask = list(tokens["input_ids"]), list(tokens["assistant_masks"])
         labels, turn = [], -1
         for i, (token, marked) in enumerate(zip(ids, mask, strict=True)):

@@ -1,11 +1,12 @@
 """Chat templates of the kinds that real models have: which tokens are trained, against conversations cut by hand."""
 
+import datetime
 import json
 
 import pytest
 import tiny
 from peft import LoraConfig, get_peft_model
-from test_data import CHATML, assistant, make_tokenizer, tokens_of, user
+from test_data import CHATML, DEFAULT_SYSTEM, assistant, make_tokenizer, tokens_of, user
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from okd import OKDConfig, OKDTrainer
@@ -121,9 +122,16 @@ def test_todays_date_is_pinned(tmp_path):
     assert "Today: 01 Jan 2025" in tokenizer.decode(row["input_ids"])
     for date, said in (("2026-11-29", "29 Nov 2026"), ("2024-02-29", "29 Feb 2024")):
         options = encoding_options(OKDConfig(output_dir=str(tmp_path), use_cpu=True, chat_date=date))
-        for template in (LLAMA3, LLAMA3.replace("date_string", "day")):  # by its variable, or by strftime_now
+        day = LLAMA3.replace("date_string", "day")
+        in_a_macro = "{%- macro say(form) %}{{ strftime_now(form) }}{% endmacro %}" + day.replace("strftime_now", "say")
+        for template in (LLAMA3, day, in_a_macro):  # by its variable, or by strftime_now
             (row,) = encode([example], make_tokenizer(template), **options).rows
             assert f"Today: {said}" in tokenizer.decode(row["input_ids"])
+        template = "\n  {% if strftime_now is defined %}{{ strftime_now(FORMAT) }}{% endif %} " + CHATML
+        for form in ("%Y-%m-%d", "%A, %d %B %y", "%-d/%-m", "%H:%M", "%j"):
+            text = Template(make_tokenizer(template.replace("FORMAT", repr(form))), kwargs=options["template_kwargs"])
+            expected = datetime.date.fromisoformat(date).strftime(form)
+            assert text.render([user("a")]) == f"\n{expected} {DEFAULT_SYSTEM}<|im_start|>user\na<|im_end|>\n"
     with pytest.raises(ValueError, match="Invalid isoformat string: 'today'"):
         OKDConfig(output_dir=str(tmp_path), use_cpu=True, chat_date="today")
 
