@@ -167,6 +167,8 @@ class Template:
         for i, (token, marked) in enumerate(zip(ids, mask, strict=True)):
             turn += bool(marked and (i == 0 or not mask[i - 1]))
             labels.append(token if marked and (turn >= len(turns) or turns[turn] in trained) else IGNORE)
+        if self.ends.intersection(labels):  # the marks know where a turn ends, of which they may make several pieces
+            return ids, labels
         return self._closed(ids, labels, messages, tools)
 
     def _closed(

@@ -28,9 +28,10 @@ from okd.answers import end_tokens
 from okd.checkpoints import ADAPTER
 from okd.checks import check_number_of_teachers
 from okd.config import OKDConfig
-from okd.data import Row, encode, encoding_options, read_jsonl, split_by_hash
+from okd.data import Row
 from okd.ensemble import is_adapter, load_ensemble, models_of, named_sources
 from okd.evaluate import evaluate
+from okd.examples import encode, encoding_options, read_jsonl, split_by_hash
 from okd.models import check_tokenizers, keep_layers, load_model, load_tokenizer, parse_layers
 from okd.options import option
 from okd.report import format_samples, format_table, plot_curves
@@ -155,15 +156,8 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
     trainer.save_model(str(output_dir))
     after = _measured(trainer, teacher, config, prompts)
     seconds["all"] = round(time.perf_counter() - started, 1)
-    metrics = {
-        "before": before[0],
-        "after": after[0],
-        "method": method.name,
-        "seed": args.seed,
-        "steps": result.global_step,
-        "seconds": seconds,
-        "versions": versions(),
-    }
+    metrics = {"before": before[0], "after": after[0], "method": method.name, "seed": args.seed}
+    metrics |= {"steps": result.global_step, "seconds": seconds, "versions": versions()}
     if args.process_index == 0:
         _report(trainer, output_dir, metrics, before[1], after[1])
     return metrics

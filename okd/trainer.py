@@ -16,9 +16,10 @@ from okd.answers import end_tokens
 from okd.callbacks import AroundUpdate, Bar, Lines
 from okd.checkpoints import Checkpointing
 from okd.config import OKDConfig
-from okd.data import Batch, Collator, encoded_rows
+from okd.data import Batch, Collator
 from okd.ensemble import models_of
 from okd.evaluate import Evaluation
+from okd.examples import encoded_rows
 from okd.meters import LogFile, Logging, Meters, ranks, summed
 from okd.models import describe_parameters
 from okd.objectives import Totals
@@ -41,8 +42,8 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
             unless it is a PEFT model already; `trainer.teacher` is that model. Methods that choose among several take
             a list, a mapping of names, or an `okd.ensemble.Ensemble`; evaluation measures against the first. None with
             a method that needs none, or with a self-teacher.
-        train_dataset, eval_dataset: examples (`messages`, `prompt` + `completion`, or `text`), or `okd.data.encode`'s;
-            the latter also by name, each evaluated under its own.
+        train_dataset, eval_dataset: examples (`messages`, `prompt` + `completion`, or `text`), or what
+            `okd.examples.encode` made of them; the latter also by name, each evaluated under its own.
         text_dataset: plain text of a second kind, which minillm learns beside the responses.
         processing_class: the tokenizer.
 

@@ -1,4 +1,4 @@
-"""okd.data against conversations cut into pieces by hand, brute-force loops, and the standard library itself."""
+"""Examples, rows and batches against texts cut by hand, brute-force loops, and the standard library itself."""
 
 import hashlib
 import json
@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from okd import data
 from okd.chat import APART, THOUGHTLESS
-from okd.data import Collator, Encoded, encode, read_jsonl, rows_of, rows_written, seed_of, split_by_hash, uniform
+from okd.data import Collator, rows_of, rows_written, seed_of, uniform
+from okd.examples import Encoded, encode, read_jsonl, split_by_hash
 from okd.models import response_rows
 from okd.stdlib_examples import stdlib_examples
 

@@ -32,7 +32,8 @@ def batch_of(part=slice(None)):
     """A part of 5 examples as the collator makes it, and the totals of all of them."""
     import tiny
 
-    from okd.data import Collator, encode
+    from okd.data import Collator
+    from okd.examples import encode
     from okd.objectives import Totals
 
     collate, rows = Collator(tiny.EOS), encode(tiny.examples(5), tiny.tokenizer(), max_length=32).rows

@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from okd import OKDConfig, OKDTrainer, sampling
-from okd.data import encode, rows_of, seed_of
+from okd.data import rows_of, seed_of
 from okd.decoding import Draw, write
+from okd.examples import encode
 
 LIMIT, SEED = 8, 42
 

@@ -12,8 +12,9 @@ from torch import nn
 import okd.evaluate as evaluate_module
 from okd import METHODS, OKDConfig, OKDTrainer, decoding, sampling
 from okd.cli import main
-from okd.data import Collator, encode, rows_of, seed_of
+from okd.data import Collator, rows_of, seed_of
 from okd.decoding import Draw, write
+from okd.examples import encode
 from okd.sampling import LengthOptions
 
 SEED = 42  # transformers' default

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from okd import OKDConfig, OKDTrainer, selection
-from okd.data import Collator, encode, uniform
+from okd.data import Collator, uniform
 from okd.ensemble import Ensemble
+from okd.examples import encode
 from okd.objectives import Totals
 from okd.pair import StudentTeacher
 from okd.selection import Gate, Policy

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from okd import OKDConfig, OKDTrainer
-from okd.data import Collator, encode
+from okd.data import Collator
+from okd.examples import encode
 from okd.pair import StudentTeacher
 from okd.teachers import Averaged, Itself
 

@@ -15,8 +15,9 @@ from transformers import OPTConfig, OPTForCausalLM, TrainerCallback
 from transformers.utils import logging
 
 from okd import METHODS, OKDConfig, OKDTrainer, objectives
-from okd.data import Collator, encode
+from okd.data import Collator
 from okd.evaluate import divergence_metrics
+from okd.examples import encode
 from okd.objectives import Totals
 from okd.online import distance_from_base
 from okd.pair import StudentTeacher
