@@ -87,6 +87,13 @@ class Meters:
         return {**means, "tokens_per_second": tokens / seconds}
 
 
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line).get("step", 0)
+    except ValueError:  # cut short where a run was killed
+        return math.inf
+
+
 class LogFile:
     """`log.jsonl`: every entry on a line of its own, from the first step."""
 
@@ -97,7 +104,7 @@ class LogFile:
         """Go on after `step`: what an interrupted run wrote beyond its checkpoint is dropped."""
         if not self.path.is_file():
             return
-        entries = [line for line in self.path.read_text().splitlines() if json.loads(line).get("step", 0) <= step]
+        entries = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
         part = self.path.with_name(f".{self.path.name}.part")
         part.write_text("".join(f"{line}\n" for line in entries if step))
         os.replace(part, self.path)

@@ -382,6 +382,8 @@ def test_log_file_has_each_entry_once(tmp_path):
     first.train()
     assert lines() == first.state.log_history
     assert [entry["step"] for entry in lines()] == [1, 2, 3, 4, 5, 5]  # the last one is Trainer's summary
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"loss": 1.')  # what a killed run leaves
     again = trainer(tmp_path, max_steps=6)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert lines() == again.state.log_history
