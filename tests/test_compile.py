@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SOFTCAP = "okd, temperature, softcap, bias"
 
+pytestmark = pytest.mark.slow
+
 
 def compiling(cache, *arguments):
     """JSON that Python prints in a process of its own: this one decorates its kernels for the interpreter."""
@@ -169,7 +171,6 @@ def test_what_cannot_be_counted_raises(line, replacement, message):
         passes(SASS_LOOP.replace(line, replacement), SASS)
 
 
-@pytest.mark.slow
 def test_no_launch_that_tuning_may_choose_spills(tmp_path):
     code = """
 import json

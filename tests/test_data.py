@@ -688,6 +688,7 @@ def test_stdlib_examples_are_well_formed(stdlib):
         assert name.split(".")[0] not in ("test", "idlelib", "lib2to3", "turtledemo", "encodings", "ensurepip")
 
 
+@pytest.mark.slow
 def test_stdlib_examples_are_equal_in_another_process_and_import_no_python_module(stdlib):
     code = """
 import json, sys

@@ -120,6 +120,7 @@ def test_the_loss_inside_a_compiled_model():
         assert_as_eager(numbers(torch.compile(step, fullgraph=True, backend=backend), tensors, targets), eager, truth)
 
 
+@pytest.mark.slow
 def test_two_losses_in_one_graph():
     """Of the same operands, with other options: neither takes the other's gradients."""
     torch._dynamo.reset()
