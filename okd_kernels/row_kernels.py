@@ -15,7 +15,7 @@ from torch import Tensor
 
 from okd_kernels.divergences import DIVERGENCES
 from okd_kernels.row_programs import _emit_kernel, _slopes_kernel, _statistics_kernel
-from okd_kernels.rows import STATISTICS, VALUES, LogitRows, Rows, needs_slope_sum
+from okd_kernels.rows import KLS, STATISTICS, VALUES, LogitRows, Rows, needs_slope_sum
 
 SCALE_BLOCK = 4096  # elements that a program of `scale_` works on at a time
 SCALE_PROGRAMS = 1024  # at most: where there is nothing to do, each costs its start
@@ -69,6 +69,7 @@ def arguments(rows: Rows, vocab_size: int, temperature: float, first: int, launc
             f"{s.upper()}_RULE": None if objective is None else DIVERGENCES[objective.divergence].rule,
             f"{s.upper()}_SLOPE_SUM": kind,
             f"{s.upper()}_CROSS": kind == "value",
+            f"{s.upper()}_VALUE": objective is not None and objective.divergence not in KLS,
             f"{s.upper()}_CE": objective is not None and objective.ce_weight > 0,
         }
         for name in ("alpha", "beta"):

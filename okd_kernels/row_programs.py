@@ -209,9 +209,9 @@ def _learn(
     value, log_q, log_p, q, p, x, log_sum_1, slope_sum,  # q: the learner, x its logits from their top
     factor, ce_factor, slope, is_label, alpha, beta,
     out_ptr, offsets, v, storable,
-    RULE: tl.constexpr, GRADIENT: tl.constexpr, CE: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
+    RULE: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr, CE: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
 ):  # fmt: skip
-    """One side: the running value of its divergence, and the gradient of this block, stored."""
+    """One side: the running value, but for the KLs, which are summed anyway; this block's gradient, stored."""
     l, g = RULE(log_q, log_p, q, p, alpha, beta)
     if GRADIENT:
         gradient = slope * factor * (g - q * slope_sum)
@@ -222,7 +222,7 @@ def _learn(
             gradient += slope * ce_factor * (q_at_1 - is_label)
         gradient = tl.where(offsets < v, gradient, 0.0)
         tl.store(out_ptr + offsets, gradient.to(out_ptr.dtype.element_ty), mask=offsets < storable)
-    return value + _fold(l)
+    return value + _fold(l) if VALUE else value
 
 
 @triton.jit
@@ -260,7 +260,8 @@ def _emit_kernel(
     n, v, first, temperature, z_scale, z_softcap, u_scale, u_softcap,
     s_alpha, s_beta, t_alpha, t_beta,
     S_RULE: tl.constexpr, T_RULE: tl.constexpr,  # T_RULE None: the teacher does not learn
-    S_SLOPE_SUM: tl.constexpr, T_SLOPE_SUM: tl.constexpr, S_CE: tl.constexpr, T_CE: tl.constexpr,
+    S_SLOPE_SUM: tl.constexpr, T_SLOPE_SUM: tl.constexpr, S_VALUE: tl.constexpr, T_VALUE: tl.constexpr,
+    S_CE: tl.constexpr, T_CE: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
     Z_BIAS: tl.constexpr, U_BIAS: tl.constexpr, Z_SOFTCAP: tl.constexpr, U_SOFTCAP: tl.constexpr,
     DZ: tl.constexpr, DU: tl.constexpr,
@@ -315,13 +316,13 @@ def _emit_kernel(
             s_value = _learn(
                 s_value, log_q, log_p, q, p, z, z_log_1, s_slope_sum,
                 s_factor, s_ce_factor, z_slope, is_label, s_alpha, s_beta,
-                dz_ptr, offsets, v, dz_storable, S_RULE, DZ, S_CE, HAS_TEMPERATURE,
+                dz_ptr, offsets, v, dz_storable, S_RULE, S_VALUE, DZ, S_CE, HAS_TEMPERATURE,
             )  # fmt: skip
             if T_RULE is not None:
                 t_value = _learn(
                     t_value, log_p, log_q, p, q, u, u_log_1, t_slope_sum,
                     t_factor, t_ce_factor, u_slope, is_label, t_alpha, t_beta,
-                    du_ptr, offsets, v, du_storable, T_RULE, DU, T_CE, HAS_TEMPERATURE,
+                    du_ptr, offsets, v, du_storable, T_RULE, T_VALUE, DU, T_CE, HAS_TEMPERATURE,
                 )  # fmt: skip
         _store_values(
             values_ptr + row * _N_VALUES, s_value, t_value, forward, reverse, s_entropy, t_entropy,

@@ -39,12 +39,13 @@ METRICS = (
     "top1_agreement",  # 1 where one token is the most probable of both
 )
 VALUES = (
-    *("student", "teacher"),  # the objectives' divergences
+    *("student", "teacher"),  # the objectives' divergences, but for the two KLs
     *METRICS[:4],
     "top1_agreement",
     *("forward_infinite", "reverse_infinite"),  # above 0 where one side has mass and the other log 0
 )
 
+KLS = ("forward_kl", "reverse_kl")  # of the student as learner; the teacher's are the other way round
 FLOOR = -1e30  # stands for log 0, so that 0 * log 0 is 0 by plain arithmetic
 LOG_0 = 1e20  # a difference of logarithms beyond it is one to log 0
 INFINITE = 1e10  # a finite divergence cannot reach this
@@ -157,8 +158,9 @@ def finish(
         if objective is None:
             losses.append(torch.zeros_like(nll[:, i]))
             continue
-        column = {"forward_kl": i, "reverse_kl": 1 - i}.get(objective.divergence)
-        divergence = divergences[:, i] if column is None else kls[:, column]
+        divergence = divergences[:, i]
+        if objective.divergence in KLS:
+            divergence = kls[:, (KLS.index(objective.divergence) + i) % 2]
         losses.append(combine(objective, divergence, nll[:, i], temperature))
     both = torch.stack(losses, 1)
     metrics = torch.cat([kls, entropies.clamp_min(0), nll, (values[:, 6:7] > 0).to(kls.dtype)], 1)
