@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from okd.data import IGNORE, Row
+from okd.data import IGNORE, Row, start_of_response
 from okd.models import evaluating, position_limit
 
 Item = TypeVar("Item")
@@ -173,7 +173,7 @@ def batches(
 def prompt_and_reference(row: Row) -> tuple[list[int], list[int]]:
     """The ids before the first response, and the ids of that response."""
     ids, labels = row["input_ids"], row["labels"]
-    start = next((i for i, label in enumerate(labels) if label != IGNORE), len(ids))
+    start = start_of_response(row)
     end = next((i for i in range(start, len(ids)) if labels[i] == IGNORE), len(ids))
     return ids[:start], ids[start:end]
 

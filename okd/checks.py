@@ -71,7 +71,7 @@ def prepare_teacher(
     refuse_injected(teacher)
     if student is not None:  # before the online module goes in: a teacher that is refused stays as it was
         check_head(teacher, "teacher")
-        check_vocabularies(student, Frozen(teacher) if not options.online else teacher, options.vocab_size)
+        check_vocabularies(student, teacher, options.vocab_size)
     if not options.online:
         return Frozen(teacher)
     if not hasattr(teacher, "peft_config"):

@@ -48,6 +48,12 @@ class Batch(TypedDict):
     teacher_positions: NotRequired[Tensor]  # (N,)
 
 
+def on_device(batch: Any, device: Any) -> Batch:
+    """The batch with its tensors there."""
+    moved: Any = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+    return moved
+
+
 def tokens_of(batch: Batch, rows: Iterable[int]) -> Tensor:
     """(n,) indices into the N response tokens of those that belong to these rows. No device synchronisation."""
     starts = [0, *accumulate(batch["counts"])]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from okd.data import Batch, batch_rows, tokens_of
 from okd.models import check_head, load_model, response_rows
 from okd.objectives import Totals, joined
-from okd.selection import Lesson
+from okd.selection import Lesson, divergences_of
 from okd.teachers import Frozen, base_of, refuse_injected
 from okd_kernels import DistillationLoss, LinearHead
 
@@ -133,8 +133,7 @@ def ensemble(pair: StudentTeacher, batch: Batch, totals: Totals) -> Distillation
     example = batch["positions"] // batch["input_ids"].shape[1]
     examples = torch.arange(len(batch["counts"]), device=example.device).unsqueeze(1)
     own = (example == examples).to(losses[0].student.dtype)  # (B, N)
-    c = pair.student_objective.ce_weight
-    divergences = torch.stack([loss.student.detach() - c * loss.metrics["student_nll"] for loss in losses], 1)
+    divergences = divergences_of(losses, pair.student_objective.ce_weight)
     mean = own / own.sum(1, keepdim=True).clamp_min(1)
     lesson = Lesson(batch, student.detach(), taught, losses, divergences, mean, pair.seed, pair.progress)
     assert pair.selection is not None

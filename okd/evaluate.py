@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd.answers import SAMPLED, batches, generate_answers, padding_token, rouge_l, seeded
-from okd.data import IGNORE, Batch, Collator, Row
+from okd.data import IGNORE, Batch, Collator, Row, on_device
 from okd.examples import encoded_rows
 from okd.meters import not_counted
 from okd.models import evaluating, response_rows
@@ -174,18 +174,17 @@ def token_statistics(
         for part in batches(items, lambda item: len(item[1]["input_ids"]), batch_size, "divergence", progress):
             indices, batch_rows = zip(*part, strict=True)
             batch = collate(batch_rows)
-            student_hidden = response_rows(student, _on(batch, student.device))
+            student_hidden = response_rows(student, on_device(batch, student.device))
             teacher_hidden = student_hidden
             if judge is not None:
-                teacher_hidden = response_rows(judge, _on(batch, judge.device), as_teacher=True)
+                teacher_hidden = response_rows(judge, on_device(batch, judge.device), as_teacher=True)
             targets = batch["targets"].to(student_hidden.device)
             hiddens_and_heads = (student_hidden, student_head, teacher_hidden, teacher_head)
             # compact: all rows are counted
             loss = linear_distillation_loss(*hiddens_and_heads, targets, vocab_size=vocab_size, compact=False)
             # on the CPU: one transfer a batch, and not every accelerator has float64
             tokens = torch.stack([loss.metrics[name] for name in STATISTICS]).cpu().double()
-            counts = (batch["labels"][:, 1:] != IGNORE).sum(1).tolist()
-            for index, of_row in zip(indices, tokens.split(counts, dim=1), strict=True):
+            for index, of_row in zip(indices, tokens.split(batch["counts"], dim=1), strict=True):
                 result[index] = of_row
     return result
 
@@ -199,11 +198,6 @@ def _head(model: PreTrainedModel, name: str, rows: Iterable[Row]) -> LinearHead:
             "model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))"
         )
     return head
-
-
-def _on(batch: Batch, device: torch.device) -> Batch:
-    moved: Any = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
-    return moved
 
 
 class Evaluation:

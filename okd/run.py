@@ -28,10 +28,9 @@ from okd.answers import end_tokens
 from okd.checkpoints import ADAPTER
 from okd.checks import check_number_of_teachers
 from okd.config import OKDConfig
-from okd.data import Row
 from okd.ensemble import is_adapter, load_ensemble, models_of, named_sources
 from okd.evaluate import evaluate
-from okd.examples import encode, encoding_options, read_jsonl, split_by_hash
+from okd.examples import Encoded, encode, encoding_options, read_jsonl, split_by_hash
 from okd.models import check_tokenizers, keep_layers, load_model, load_tokenizer, parse_layers
 from okd.options import option
 from okd.report import format_samples, format_table, plot_curves
@@ -123,13 +122,13 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
     written_config = yaml.safe_dump(exact_config(config, args), sort_keys=False)
     if checkpoint:
         _check_same_run(output_dir / "config.yaml", written_config)
-    rows = _encoded(tokenizer, end_tokens(tokenizer, student, *models_of(teacher)), args, train_examples, held_out)
+    encoded = _encoded(tokenizer, end_tokens(tokenizer, student, *models_of(teacher)), args, train_examples, held_out)
     trainer = OKDTrainer(
         student,
         teacher,
         args,
-        train_dataset=rows["train"],
-        eval_dataset=rows["held-out"][: config.eval_examples],
+        train_dataset=encoded["train"],
+        eval_dataset=Encoded(encoded["held-out"].rows[: config.eval_examples]),
         processing_class=tokenizer,
         text_dataset=None if config.lm_file is None else read_jsonl(config.lm_file),
     )
@@ -181,14 +180,14 @@ def _sources(config: RunConfig, args: OKDConfig) -> dict[str, str]:
 
 def _encoded(
     tokenizer: Any, ends: set[int], args: OKDConfig, train: list[Any], held_out: list[Any]
-) -> dict[str, list[Row]]:
-    rows = {}
+) -> dict[str, Encoded]:
+    found = {}
     for name, part in (("train", train), ("held-out", held_out)):
         encoded = encode(part, tokenizer, ends=ends, **encoding_options(args))
         if args.process_index == 0:
             print(f"{name}: {encoded.summary()}")
-        rows[name] = encoded.rows
-    return rows
+        found[name] = encoded
+    return found
 
 
 def _measured(trainer: OKDTrainer, teacher: Any, config: RunConfig, prompts: dict[str, str]) -> Measured:

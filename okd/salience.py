@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from okd.data import Batch
+from okd.data import Batch, on_device
 from okd.models import response_rows
 from okd.objectives import Totals, divergence
 from okd.pair import StudentTeacher
@@ -83,7 +83,7 @@ def saliency(student: Any, teacher: Any, args: Any, batches: Sequence[Mapping[st
     teacher.requires_grad_(False)
     hooks = [w.requires_grad_(True).register_post_accumulate_grad_hook(score(name)) for name, w in matrices.items()]
     for batch in batches:
-        moved: Any = {k: v.to(args.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        moved = on_device(batch, args.device)
         loss = divergence(pair, moved, Totals.of([moved])).teacher
         assert loss is not None
         loss.backward()

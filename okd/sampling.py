@@ -25,7 +25,7 @@ from accelerate.utils import gather_object
 from transformers.utils import logging
 
 from okd.answers import end_tokens, generate_responses, padding_token, prompt_and_reference
-from okd.data import BOTH, IGNORE, STUDENT, TEACHER, TEXT, Batch, Collator, Row, rows_of, seed_of, uniform
+from okd.data import BOTH, IGNORE, STUDENT, TEACHER, TEXT, Batch, Collator, Row, on_device, rows_of, seed_of, uniform
 from okd.decoding import Draw, write
 from okd.meters import ranks
 from okd.models import evaluating, position_limit
@@ -154,6 +154,7 @@ class Sampler:
         self.state: dict[str, Any] = {}
         self.coin, self.step, self.epoch = 0.0, 0, 0
         self.kept: dict[str, Kept] = {}
+        self._pass, self._order = -1, list[int]()  # of the texts
         self._sums: dict[str, float] = {}
         self.since = time.perf_counter()
         if self.method.responses is replay:
@@ -171,7 +172,7 @@ class Sampler:
 
     def __call__(self, batches: Sequence[Batch], step: int) -> list[Batch]:
         """The batches of one optimizer step, written by whom the policy chooses; on the device of the old ones."""
-        result: list[Any] = []
+        result = []
         self.step, self.coin = step, uniform(self.options.seed, step)
         for i, batch in enumerate(batches):
             device, started = batch["input_ids"].device, time.perf_counter()
@@ -181,8 +182,7 @@ class Sampler:
             if self.texts:
                 place = (step * self.options.gradient_accumulation_steps + i) * ranks() + self.options.process_index
                 rows = rows + self._texts(place * self.options.per_device_train_batch_size, len(batch["ids"]))
-            collated: Any = self.collate(rows)
-            result.append({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in collated.items()})
+            result.append(on_device(self.collate(rows), device))
         return result
 
     def _texts(self, first: int, n: int) -> list[Row]:
@@ -190,9 +190,10 @@ class Sampler:
         chosen = []
         for i in range(first, first + n):
             turn, place = divmod(i, len(self.texts))
-            order = torch.Generator().manual_seed(seed_of(self.options.seed, "texts", turn))
-            at = int(torch.randperm(len(self.texts), generator=order)[place])
-            chosen.append(Row(**{**self.texts[at], "writer": TEXT}))
+            if turn != self._pass:
+                draws = torch.Generator().manual_seed(seed_of(self.options.seed, "texts", turn))
+                self._pass, self._order = turn, torch.randperm(len(self.texts), generator=draws).tolist()
+            chosen.append(Row(**{**self.texts[self._order[place]], "writer": TEXT}))
         return chosen
 
     # --- writing

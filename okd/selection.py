@@ -73,6 +73,11 @@ class Lesson(NamedTuple):
         return (self.mean @ statistics.to(self.mean.dtype)).clamp_min(0).log1p()
 
 
+def divergences_of(losses: Sequence[DistillationLoss], ce_weight: float) -> Tensor:
+    """(N, K), D(p_i, q) alone, of per-token losses D(p_i, q) + c CE, without gradient."""
+    return torch.stack([loss.student.detach() - ce_weight * loss.metrics["student_nll"] for loss in losses], 1)
+
+
 class Choice(NamedTuple):
     weights: Tensor  # (B, K), summing to 1 over the teachers
     metrics: Mapping[str, Tensor] = {}  # (B,) or (B, K), for the log
@@ -209,7 +214,7 @@ class Policy(Selection):
 
     def _rewards(self, pair: StudentTeacher, one: Drawn) -> tuple[Tensor, Tensor]:
         """(B,) after the update, and before it with all teachers in place of the selected."""
-        lesson, targets, c = one.lesson, one.lesson.batch["targets"], pair.student_objective.ce_weight
+        lesson, targets = one.lesson, one.lesson.batch["targets"]
         taught = lesson.taught if self.reward != "ce" else lesson.taught[:1]
         student = pair.student_rows(lesson.batch)
         losses = [pair.distil(student, r, targets, teacher_head=h, reduction="none") for r, h in taught]
@@ -217,8 +222,8 @@ class Policy(Selection):
             nlls = [of[0].metrics["student_nll"].to(lesson.mean.dtype) for of in (lesson.losses, losses)]
             before, after = (lesson.mean @ nll for nll in nlls)
             if self.reward != "ce":
-                kd = torch.stack([loss.student - c * loss.metrics["student_nll"] for loss in losses], 1)
-                after = after + (one.weights * (lesson.mean @ kd.to(lesson.mean.dtype))).sum(1)
+                kd = divergences_of(losses, pair.student_objective.ce_weight).to(lesson.mean.dtype)
+                after = after + (one.weights * (lesson.mean @ kd)).sum(1)
                 before = before + (lesson.mean @ lesson.divergences.to(lesson.mean.dtype)).mean(1)
         return -after, -before
 
