@@ -8,7 +8,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from okd import OKDConfig, OKDTrainer, sampling
+from okd import OKDTrainer, sampling
 from okd.data import rows_of, seed_of
 from okd.decoding import Draw, write
 from okd.examples import encode
@@ -36,22 +36,10 @@ def llama_teacher(seed=1):
 
 
 def trainer(directory, method="seqkd", teacher=None, student=None, **options):
-    defaults = {
-        "output_dir": str(directory),
-        "method": method,
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "learning_rate": 1e-2,
-        "max_new_tokens": LIMIT,
-    }
     return OKDTrainer(
         student or tiny.llama(),
         llama_teacher() if teacher is None else teacher or None,
-        OKDConfig(**{**defaults, **options}),
+        tiny.config(directory, method=method, **{"max_steps": 6, "max_new_tokens": LIMIT, **options}),
         train_dataset=examples(),
         processing_class=tiny.tokenizer(),
     )

@@ -24,20 +24,10 @@ from okd_kernels import Objective
 
 
 def trainer(directory, method, **options):
-    defaults = {
-        "output_dir": str(directory),
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "learning_rate": 1e-2,
-    }
     return OKDTrainer(
         tiny.llama(),
         tiny.llama(seed=1, layers=3, hidden=48),
-        OKDConfig(**{**defaults, "method": method, **options}),
+        tiny.config(directory, method=method, **{"max_steps": 8, **options}),
         train_dataset=tiny.examples(),
         eval_dataset=tiny.examples(8, seed=9),
         processing_class=tiny.tokenizer(),

@@ -714,19 +714,10 @@ WRITTEN = {  # as the presets, but for who writes
 
 
 def trainer(tmp_path, method, **options):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "learning_rate": 1e-2,
-    }
     return OKDTrainer(
         tiny.llama(),
         tiny.llama(seed=1, layers=3, hidden=48),
-        OKDConfig(method=WRITTEN.get(method, method), **{**defaults, **options}),
+        tiny.config(tmp_path, method=WRITTEN.get(method, method), **{"max_steps": -1, **options}),
         train_dataset=tiny.examples(),
         eval_dataset=tiny.examples(8, seed=9),
         processing_class=tiny.tokenizer(),

@@ -21,23 +21,12 @@ SEED = 42  # transformers' default
 
 
 def trainer(tmp_path, method="gkd", student=None, teacher=None, texts=None, **options):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "method": method,
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "learning_rate": 1e-2,
-    }
     if LengthOptions in METHODS[method].option_groups:
-        defaults["max_new_tokens"] = 8
+        options = {"max_new_tokens": 8, **options}
     return OKDTrainer(
         student or tiny.llama(),
         teacher or tiny.llama(seed=1, layers=3, hidden=48),
-        OKDConfig(**{**defaults, **options}),
+        tiny.config(tmp_path, method=method, **options),
         train_dataset=tiny.examples(),
         eval_dataset=tiny.examples(8, seed=9),
         processing_class=tiny.tokenizer(),

@@ -23,27 +23,13 @@ METHODS = ("gated_ensemble", "rl_multi_teacher")
 OF_TWENTY = Totals(tokens=20.0, own_rows=1, given_rows=1, text_tokens=1)
 
 
-def config(tmp_path, **options):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "learning_rate": 1e-2,
-    }
-    return OKDConfig(**{**defaults, **options})
-
-
 def make_teachers(k=2):
     return [tiny.llama(seed=1, layers=3, hidden=48), tiny.llama(seed=2), tiny.llama(seed=5, hidden=64)][:k]
 
 
 def make_pair(tmp_path, method, k=2, **options):
     """In fp64, with a selection that prefers something."""
-    args = config(tmp_path, method=method, **options)
+    args = tiny.config(tmp_path, method=method, **options)
     pair = StudentTeacher(tiny.llama(), Ensemble(make_teachers(k)), args).double()
     torch.manual_seed(0)
     for parameter in pair.selection.parameters():
@@ -134,7 +120,7 @@ def test_gate_is_its_definition(divergence, tmp_path):
 
 
 def test_gate_starts_as_the_plain_mean(tmp_path):
-    pair = StudentTeacher(tiny.llama(), Ensemble(make_teachers(3)), config(tmp_path, method="gated_ensemble"))
+    pair = StudentTeacher(tiny.llama(), Ensemble(make_teachers(3)), tiny.config(tmp_path, method="gated_ensemble"))
     metrics = pair(make_batch()).metrics
     assert all(metrics[f"teacher_{i}_weight"].eq(1 / 3).all() for i in (1, 2, 3))
 
@@ -435,7 +421,7 @@ def trainer(tmp_path, teachers, student=None, **options):
     return OKDTrainer(
         student or tiny.llama(),
         teachers,
-        config(tmp_path, **options),
+        tiny.config(tmp_path, **options),
         train_dataset=tiny.examples(),
         eval_dataset=tiny.examples(8, seed=9),
         processing_class=tiny.tokenizer(),
@@ -609,7 +595,7 @@ def test_the_reward_on_held_out_data_needs_some(tmp_path):
         OKDTrainer(
             tiny.llama(),
             make_teachers(),
-            config(tmp_path, **options),
+            tiny.config(tmp_path, **options),
             train_dataset=tiny.examples(),
             processing_class=tiny.tokenizer(),
         )

@@ -18,18 +18,7 @@ from okd.teachers import Averaged, Itself
 
 
 def config(tmp_path, **options):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "method": "forward_kd",
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "learning_rate": 1e-2,
-    }
-    return OKDConfig(**{**defaults, **options})
+    return tiny.config(tmp_path, **{"method": "forward_kd", **options})
 
 
 def told(n=24, seed=0):

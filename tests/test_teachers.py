@@ -25,20 +25,6 @@ MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_at
 MATRICES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-def config(tmp_path, **options):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "learning_rate": 1e-2,
-    }
-    return OKDConfig(**{**defaults, **options})
-
-
 def big(seed=1):
     return tiny.llama(seed=seed, layers=3, hidden=48)
 
@@ -47,7 +33,7 @@ def trainer(tmp_path, teacher=None, **options):
     return OKDTrainer(
         tiny.llama(),
         teacher or big(),
-        config(tmp_path, **options),
+        tiny.config(tmp_path, **options),
         train_dataset=tiny.examples(),
         eval_dataset=tiny.examples(8, seed=9),
         processing_class=tiny.tokenizer(),
@@ -96,7 +82,7 @@ class Recorder(TrainerCallback):
 
 
 def test_saliency_is_the_mean_of_weight_times_gradient(tmp_path):
-    args = config(tmp_path, method="clda", teacher_kl_weight=0.3)
+    args = tiny.config(tmp_path, method="clda", teacher_kl_weight=0.3)
     student, teacher = tiny.llama(), big()
     batches = calibration_batches(rows(), Collator(tiny.EOS), args)
     assert [len(batch["ids"]) for batch in batches] == [4, 4, 4]
@@ -120,7 +106,7 @@ def test_saliency_is_the_mean_of_weight_times_gradient(tmp_path):
 
 
 def test_the_least_salient_share_is_chosen(tmp_path, monkeypatch):
-    teacher, args = big(), config(tmp_path, method="clda", clda_share=0.3)
+    teacher, args = big(), tiny.config(tmp_path, method="clda", clda_share=0.3)
     scores = saliency(tiny.llama(), teacher, args, calibration_batches(rows(), Collator(tiny.EOS), args))
     chosen = non_salient_modules(tiny.llama(), teacher, args, calibration_batches(rows(), Collator(tiny.EOS), args))
     assert max(scores[name] for name in chosen) < min(scores[name] for name in scores.keys() - set(chosen))
@@ -219,7 +205,7 @@ def test_copies_of_16_bit_weights_train_in_fp32(kind, tmp_path):
     """bf16 rounds updates below a 256th of a weight away. Products stay in bf16, and so does all that is frozen."""
     make, modules = COPIED[kind]
     base = make().bfloat16().eval()
-    teacher = Online(attach_online_module(copy.deepcopy(base), config(tmp_path, method="clda"), modules))
+    teacher = Online(attach_online_module(copy.deepcopy(base), tiny.config(tmp_path, method="clda"), modules))
     training = {n: p for n, p in teacher.named_parameters() if p.requires_grad}
     assert len(training) == (4 if kind == "gpt2" else 2) and all(".modules_to_save." in n for n in training)
     assert {p.dtype for p in training.values()} == {torch.float32}
@@ -255,7 +241,7 @@ def test_a_16_bit_teachers_copies_move_by_less_than_its_dtype_shows(tmp_path):
 
 def test_non_salient_weights_need_data_to_be_found(tmp_path):
     with pytest.raises(ValueError, match="expected training data, by which clda finds"):
-        OKDTrainer(tiny.llama(), big(), config(tmp_path, method="clda"), processing_class=tiny.tokenizer())
+        OKDTrainer(tiny.llama(), big(), tiny.config(tmp_path, method="clda"), processing_class=tiny.tokenizer())
 
 
 # --- when the teacher learns ---

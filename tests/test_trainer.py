@@ -27,20 +27,10 @@ from okd_kernels import Objective
 
 
 def config(tmp_path, **options):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "learning_rate": 1e-2,
-    }
     method = options.get("method", "okd")
     if LengthOptions in (METHODS[method] if isinstance(method, str) else method).option_groups:
-        defaults["max_new_tokens"] = 8
-    return OKDConfig(**{**defaults, **options})
+        options = {"max_new_tokens": 8, **options}
+    return tiny.config(tmp_path, **options)
 
 
 def trainer(tmp_path, student=None, teacher=None, eval_dataset=None, **options):

@@ -45,6 +45,23 @@ def examples(n=24, seed=0):
     return result
 
 
+def config(folder, **options):
+    """A few steps on the CPU, each logged, nothing saved."""
+    from okd import OKDConfig
+
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "learning_rate": 1e-2,
+    }
+    return OKDConfig(**{**defaults, **options})
+
+
 def assert_same_weights(one, other):
     expected = dict(other.named_parameters())
     for name, parameter in one.named_parameters():
