@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd.data import IGNORE, Row, start_of_response
-from okd.models import evaluating, position_limit
+from okd.models import device_of, evaluating, position_limit
 
 Item = TypeVar("Item")
 
@@ -106,8 +106,8 @@ def generate_responses(
             input_ids = [[pad_token_id] * n + prompt for n, (_, prompt) in zip(padding, batch, strict=True)]
             attention_mask = [[0] * n + [1] * (width - n) for n in padding]
             output = model.generate(  # type: ignore[operator]  # of GenerationMixin, not of PreTrainedModel
-                input_ids=torch.tensor(input_ids, device=model.device),
-                attention_mask=torch.tensor(attention_mask, device=model.device),
+                input_ids=torch.tensor(input_ids, device=device_of(model)),
+                attention_mask=torch.tensor(attention_mask, device=device_of(model)),
                 # not max_new_tokens, beside which transformers warns of a max_length in generation_config.json
                 max_length=width + max_new_tokens if limit is None else min(width + max_new_tokens, limit),
                 max_new_tokens=None,
@@ -152,9 +152,9 @@ class _AnyScript:
 
 
 @contextmanager
-def seeded(seed: int, model: PreTrainedModel) -> Iterator[None]:
+def seeded(seed: int, *models: PreTrainedModel) -> Iterator[None]:
     """The random numbers of `seed`; afterwards the caller's go on as if nothing had been drawn."""
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+    with torch.random.fork_rng({device for device in map(device_of, models) if device.type == "cuda"}):
         torch.manual_seed(seed)
         yield
 

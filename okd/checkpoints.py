@@ -12,10 +12,12 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from okd.models import load_model
 from okd.pair import StudentTeacher
+from okd.student import save_student
 from okd.teachers import Averaged
 
 STUDENT, ADAPTER, AVERAGE = "student", "teacher_adapter", "teacher_average"  # directories of a run or checkpoint
@@ -36,11 +38,17 @@ def _models(pair: StudentTeacher) -> dict[str, tuple[str, Any]]:
 def save(pair: StudentTeacher, directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """`student/`, the teacher's adapter or average, the selection and the loss's memory, but not the base teacher.
 
+    The student as its options say, but as it trains where the directory is a checkpoint's (`checkpoint-<step>`).
+
     state_dict: the pair's, where FSDP or ZeRO has gathered it.
     """
+    checkpoint = directory.name.startswith(PREFIX_CHECKPOINT_DIR)
     for name, (prefix, model) in _models(pair).items():
         own = None if state_dict is None else _part(state_dict, prefix)
-        model.save_pretrained(directory / name, state_dict=own)
+        if name == STUDENT:
+            save_student(model, directory / name, pair.options, own, checkpoint)
+        else:
+            model.save_pretrained(directory / name, state_dict=own)
         if name == ADAPTER and _has_encoder(model.active_peft_config):
             save_file(_trainable(model, own), directory / name / ENCODER)
     if pair.selection is not None:
@@ -69,16 +77,16 @@ class Checkpointing:
     args: Any
     ends: set[int]
     pair: Any
+    processing_class: Any
     sampler: Any
     state: Any
-    tokenizer: Any
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:  # Trainer leaves it to this method that one process writes
             return
         directory = Path(str(output_dir or self.args.output_dir))
         save(self.pair, directory, state_dict)
-        self.tokenizer.save_pretrained(directory / STUDENT)
+        self.processing_class.save_pretrained(directory / STUDENT)
         generation = copy.deepcopy(self.pair.student.generation_config)
         generation.eos_token_id = sorted(self.ends) or None  # where the responses that it learned end
         # not save_pretrained, which refuses what is odd in many published ones as soon as they are changed

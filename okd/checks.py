@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,14 +13,16 @@ from torch import nn
 from transformers.utils import logging
 
 from okd import sampling
-from okd.data import Row, start_of_response
-from okd.ensemble import Ensemble
+from okd.data import Row, Rows, column, lengths_of, start_of_response
+from okd.ensemble import Ensemble, models_of
+from okd.examples import Stream
+from okd.meters import ranks
 from okd.methods import METHODS, Method
-from okd.models import check_head, position_limit
+from okd.models import check_head, check_packing, check_tokenizers, position_limit, tokenizer_of, tokenizer_of_model
 from okd.on_policy import PolicyGradientOptions
 from okd.online import Online, attach_online_module
 from okd.salience import calibration_batches, non_salient_modules
-from okd.teachers import Averaged, Frozen, Itself, refuse_injected
+from okd.teachers import Averaged, Frozen, Itself, Placed, refuse_injected
 from okd_kernels import LinearHead, has_fast_gemm
 
 logger = logging.get_logger(__name__)
@@ -51,7 +54,7 @@ def prepare_teacher(
         raise ValueError(
             f"expected no teacher beside self_teacher={options.self_teacher}; got both: leave one of them out"
         )
-    if teacher is student:
+    if teacher is student or (hasattr(student, "disable_adapter") and teacher is student.get_base_model()):
         raise ValueError(
             "expected two models, since a model is at no distance from itself; got one as student and teacher: pass "
             "teacher=None with self_teacher='average', or 'student' with data whose teacher_prompt tells it more, or a "
@@ -87,6 +90,34 @@ def prepare_teacher(
     return Online(teacher)
 
 
+def place(teacher: Any, given: Any, options: Any) -> None:
+    """Put a `Teacher` on the `teacher_device`; without one, what is on an accelerator already stays there.
+
+    given: what it was made of; None: no teacher. Raises ValueError for one that cannot be elsewhere than the student.
+    """
+    device = options.teacher_device
+    if isinstance(teacher, Placed):
+        if device is not None or ranks() == 1:
+            teacher.place(None if device is None else torch.device(device))
+    elif device is not None and (teacher is not None or given is None):
+        raise ValueError(
+            f"expected a teacher of its own to put on {device}; got {type(teacher).__name__}: leave teacher_device out"
+        )
+
+
+def refuse_elsewhere(trainer: Any) -> None:
+    """Raise ValueError for a teacher that is not where its student is, in a run of several processes."""
+    teacher, device = trainer.pair.teacher, trainer.args.device
+    if not isinstance(teacher, Placed) or not (trainer.is_sharded or ranks() > 1):
+        return
+    others = {str(p.device) for model in teacher.staying() for p in model.parameters() if p.device != device}
+    if others:
+        raise ValueError(
+            f"expected the teacher on {device}, as its student, in a run of {ranks()} processes; got one on "
+            f"{', '.join(sorted(others))}: start one process, or leave out teacher_device and device_map"
+        )
+
+
 def _self_teacher(student: Any, options: Any, rows: Sequence[Row] | None) -> Any:
     method = options.resolved
     if options.self_teacher is None:
@@ -100,7 +131,8 @@ def _self_teacher(student: Any, options: Any, rows: Sequence[Row] | None) -> Any
         )
     if options.self_teacher == "average":
         return Averaged(student, options.average_decay)
-    without = [row["id"] for row in rows or () if "teacher_prompt" not in row]
+    prompts = zip(column(rows or (), "id"), column(rows or (), "teacher_prompt"), strict=True)
+    without = [name for name, prompt in prompts if prompt is None]
     if without:
         raise ValueError(
             "expected a teacher_prompt in every example with self_teacher='student', which is at no distance from "
@@ -111,12 +143,12 @@ def _self_teacher(student: Any, options: Any, rows: Sequence[Row] | None) -> Any
 
 def _check_routes(teacher: Any, rows: Sequence[Row]) -> None:
     names = set(teacher.names)
-    lost = [row for row in rows if row.get("teacher") not in names]
+    lost = [pair for pair in zip(column(rows, "id"), column(rows, "teacher"), strict=True) if pair[1] not in names]
     if lost:
-        got = sorted({str(row.get("teacher")) for row in lost})
+        got = sorted({str(name) for _, name in lost})
         raise ValueError(
             f'expected "teacher" of every example to be one of {", ".join(sorted(names))}; got {", ".join(got[:5])} in '
-            f"{len(lost)} examples, such as {lost[0]['id']}: correct them, or name the teachers so"
+            f"{len(lost)} examples, such as {lost[0][0]}: correct them, or name the teachers so"
         )
 
 
@@ -144,10 +176,66 @@ def check_vocabularies(student: Any, teacher: Any, vocab_size: int | None) -> No
         raise ValueError(
             f"expected heads of one vocabulary size; got student {sizes[0]} and teacher "
             f"{', '.join(map(str, sizes[1:]))}. If they share a tokenizer and are padded differently, pass "
-            f"vocab_size=len(tokenizer), at most {min(sizes)}"
+            f"teacher_processing_class, or vocab_size=len(tokenizer), at most {min(sizes)}"
         )
     if vocab_size is not None and not 0 < vocab_size <= min(sizes):
         raise ValueError(f"expected vocab_size in [1, {min(sizes)}], as all heads have rows; got {vocab_size}")
+
+
+def with_vocab_size(options: Any, student: Any, teacher: Any, *tokenizers: Any) -> Any:
+    """The options, with the `shared_vocab_size` where the method has a teacher."""
+    if teacher is None or not options.resolved.needs_teacher:
+        return options
+    vocab_size = shared_vocab_size(options.vocab_size, student, teacher, *tokenizers)
+    options = copy.copy(options)
+    options.vocab_size = vocab_size
+    return options
+
+
+def shared_vocab_size(
+    vocab_size: int | None, student: Any, teacher: Any, tokenizer: Any, teacher_tokenizers: Any = None
+) -> int | None:
+    """The ids that all heads have and all tokenizers share; None where no id is beyond them. A given one stays.
+
+    teacher: as `prepare_teacher` takes it. teacher_tokenizers: one or several; None: those that lie beside the
+        teachers on this machine. Heads of several sizes beside an unknown tokenizer are left to `prepare_teacher`.
+
+    Raises ValueError for tokenizers that map tokens to other ids.
+    """
+    models = [m.model if hasattr(m, "as_it_was") else m for m in models_of(teacher)]
+    if teacher_tokenizers is None:
+        found = [tokenizer_of_model(model) for model in models]
+    else:
+        found = [tokenizer_of(one) for one in models_of(teacher_tokenizers)]
+    others = [other for other in found if other is not None]
+    counts = [check_tokenizers(tokenizer, other, vocab_size) for other in others]
+    if vocab_size is not None:
+        return vocab_size
+    sizes = [len(LinearHead.from_model(model).weight) for model in (student, *models)]
+    shared, own = min([*sizes, *counts]), tokenizer.get_vocab()
+    padded = len(set(sizes)) > 1 and len(others) == len(found)
+    if not padded and (shared == min(sizes) or all(other.get_vocab() == own for other in others)):
+        return None
+    logger.warning(f"vocab_size={shared}: the ids that all share, whose heads have {', '.join(map(str, sizes))} rows")
+    return shared
+
+
+def check_ids(student: Any, options: Any, *datasets: Any) -> None:
+    """Raise ValueError for a row with a token that the heads do not have, or not in common."""
+    limit = options.vocab_size or len(LinearHead.from_model(student).weight)
+    for data in datasets:
+        for rows in data.values() if isinstance(data, Mapping) else [data or ()]:
+            highest = column(rows, "highest") if isinstance(rows, Rows) else map(_highest, rows)
+            for i, largest in enumerate(highest):
+                if largest >= limit:
+                    raise ValueError(
+                        f"expected token ids below {limit}, which the models share; got {largest} in row "
+                        f"{rows[i]['id']}: leave it out, or use the tokenizer of the models"
+                    )
+
+
+def _highest(row: Row) -> int:
+    return max(*row["input_ids"], *row.get("teacher_prompt", ()), 0)
 
 
 def check_student(student: Any) -> None:
@@ -156,6 +244,14 @@ def check_student(student: Any) -> None:
         raise ValueError("expected a student with trainable parameters; all are frozen: call requires_grad_()")
     check_trained_dtypes("student", student)
     check_head(student, "student")
+
+
+def check_packed(options: Any, student: Any, teacher: Any) -> None:
+    """Raise ValueError for a model whose rows on one line of a packed batch would see one another."""
+    if options.packing:
+        check_packing(student, "student")
+        for model in (m.model if hasattr(m, "as_it_was") else m for m in models_of(teacher) if m is not None):
+            check_packing(model, "teacher")
 
 
 def check_trained_dtypes(name: str, model: nn.Module) -> None:
@@ -189,17 +285,28 @@ def check_arguments(tokenizer: Any, ignored: Mapping[str, Any]) -> None:
         )
 
 
-def check_data(options: Any, rows: Sequence[Row], texts: Sequence[Row]) -> None:
+def check_data(options: Any, train: Any, rows: Sequence[Row], texts: Sequence[Row]) -> None:
     """Raise ValueError for data that the method would not read, or read otherwise than they say."""
-    if texts and PolicyGradientOptions not in options.resolved.option_groups:
-        raise ValueError(f"expected text_dataset with minillm, which reads it; got it with {options.resolved.name}")
-    if options.resolved.responses not in (sampling.interleaved, sampling.mixture):
-        return
-    told = [row["id"] for row in rows if "teacher_prompt" in row]
-    if told:
+    method = options.resolved
+    if texts and PolicyGradientOptions not in method.option_groups:
+        raise ValueError(f"expected text_dataset with minillm, which reads it; got it with {method.name}")
+    if isinstance(train, Stream) and method.generate != "step":
         raise ValueError(
-            f"expected no teacher_prompt with method {options.resolved.name}, whose teacher reads the student's prompt "
-            f"while it writes; got {len(told)} ({', '.join(told[:5])}): leave them out, or use gkd"
+            f"expected all training data at once with method {method.name}, which keeps a response to each example; "
+            "got a stream: leave stream out, or pass generate=step"
+        )
+    if isinstance(train, Stream) and options.max_steps <= 0:
+        raise ValueError(
+            f"expected max_steps above 0 with a stream, whose length nobody knows; got {options.max_steps}"
+        )
+    if method.responses not in (sampling.interleaved, sampling.mixture):
+        return
+    told = zip(column(rows, "id"), column(rows, "teacher_prompt"), strict=True)
+    names = [name for name, prompt in told if prompt is not None]
+    if names:
+        raise ValueError(
+            f"expected no teacher_prompt with method {method.name}, whose teacher reads the student's prompt while it "
+            f"writes; got {len(names)} ({', '.join(names[:5])}): leave them out, or use gkd"
         )
 
 
@@ -218,9 +325,11 @@ def warn_of_models(student: Any, teacher: Any, options: Any, rows: Sequence[Row]
 
 def warn_of_slow_products(models: Sequence[Any], options: Any) -> None:
     """16-bit models on a CPU without instructions for them train many times as slowly as 32-bit ones."""
-    dtypes = {p.dtype for model in models if model is not None for p in model.parameters()}
-    dtypes |= {dtype for dtype, chosen in ((torch.bfloat16, options.bf16), (torch.float16, options.fp16)) if chosen}
-    slow = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes if not has_fast_gemm(dtype, options.device))
+    places = (options.device, options.teacher_device or options.device)
+    used = {(p.dtype, at) for m, at in zip(models, places, strict=True) if m is not None for p in m.parameters()}
+    chosen = ((torch.bfloat16, options.bf16), (torch.float16, options.fp16))
+    used |= {(dtype, options.device) for dtype, is_chosen in chosen if is_chosen}
+    slow = sorted({str(dtype).removeprefix("torch.") for dtype, at in used if not has_fast_gemm(dtype, at)})
     if slow:
         logger.warning(
             f"expected float32 on this CPU, which has no instructions for {' and '.join(slow)} products: training will "
@@ -230,7 +339,8 @@ def warn_of_slow_products(models: Sequence[Any], options: Any) -> None:
 
 def warn_of_long_rows(models: Sequence[Any], rows: Sequence[Row]) -> None:
     """Learned position embeddings end in an index error there, on a GPU in one that names no index."""
-    longest = max((len(row["input_ids"]) + _longer_prompt(row) for row in rows), default=0)
+    longer = [0] if all(prompt is None for prompt in column(rows, "teacher_prompt")) else map(_longer_prompt, rows)
+    longest = max(lengths_of(rows), default=0) + max(longer, default=0)
     limit = min((n for n in map(position_limit, models) if n is not None), default=longest)
     if longest > limit:
         logger.warning(

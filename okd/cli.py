@@ -120,7 +120,7 @@ def parse_train(argv: Sequence[str]) -> tuple[Any, Any]:
     parser = HfArgumentParser(
         dataclass_types,
         prog="okd train",
-        usage="okd train METHOD --teacher MODEL --student MODEL --train-file FILE [options]",
+        usage="okd train METHOD --teacher MODEL --student MODEL --train-data DATA [options]",
         description=f"methods:\n{presets}",
         epilog="Every other option of transformers.TrainingArguments is taken too, but for resuming: see --resume.",
         # as wide as the list of methods is
@@ -180,7 +180,7 @@ def _read_config(path: str, known: set[str]) -> tuple[list[str], dict[str, Any]]
             raise ValueError(f"{path}: expected names of options; got {name!r}{_suggest(str(name), known)}")
     words = [f"--{k}={plain[k]}" for k, v in values.items() if v is not None and not isinstance(v, dict | list)]
     defaults = {k: v for k, v in values.items() if v is None or isinstance(v, dict | list)}
-    for name in ("student", "student_layers", "teacher", "train_file", "eval_file", "lm_file", "dtype"):
+    for name in ("student", "student_layers", "teacher", "dtype"):
         if isinstance(defaults.get(name), dict | list):
             raise ValueError(f"{path}: expected one value as {name}; got {defaults[name]!r}: write it as text")
     return words, defaults
@@ -234,6 +234,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
+    from okd.checks import shared_vocab_size
     from okd.evaluate import evaluate
     from okd.examples import encode, read_jsonl
     from okd.exposure import answerable_prompts, exposure_bias
@@ -246,13 +247,16 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     examples = read_jsonl(options.file)[: options.examples]
     tokenizer = load_tokenizer(options.student)
     if options.teacher is not None:
-        check_tokenizers(tokenizer, load_tokenizer(options.teacher))
+        teacher_tokenizer = load_tokenizer(options.teacher)
+        check_tokenizers(tokenizer, teacher_tokenizer, options.vocab_size)
     encoded = encode(examples, tokenizer, max_length=options.max_length, **_encoding(options, options.student))
     print(encoded.summary(), file=sys.stderr)
     if options.exposure_bias is not None:
         answerable_prompts(encoded.rows)  # raises before anything takes time
     student = _load(options.student)
     teacher: Any = None if options.teacher is None else _load(options.teacher)
+    if teacher is not None:
+        options.vocab_size = shared_vocab_size(options.vocab_size, student, teacher, tokenizer, teacher_tokenizer)
     sizes = {name: getattr(options, name) for name in ("batch_size", "max_new_tokens", "vocab_size")}
     metrics, _answers = evaluate(
         student, teacher, tokenizer, encoded.rows, generate=options.answers, seeds=options.seeds, **sizes

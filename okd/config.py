@@ -13,8 +13,10 @@ from transformers.utils import logging
 from okd import mixup, objectives, sampling
 from okd.chat import ChatOptions
 from okd.decoding import Draw
+from okd.examples import RowOptions
 from okd.methods import METHODS, OKD_TEACHER, DivergenceOptions, Method, readers_of
 from okd.mixup import MixupOptions
+from okd.models import find_device
 from okd.objectives import TaidOptions
 from okd.on_policy import ContrastiveOptions, PolicyGradientOptions
 from okd.online import LoraOptions, OnlineOptions, PromptOptions, SalienceOptions
@@ -29,7 +31,8 @@ from okd.sampling import (
     ShareOptions,
 )
 from okd.selection import PolicyOptions, SelectionOptions
-from okd.teachers import SelfTeacherOptions
+from okd.student import StudentOptions, check_student_options
+from okd.teachers import PlaceOptions, SelfTeacherOptions
 from okd_kernels import DIVERGENCES, Objective
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ logger = logging.get_logger(__name__)
 @dataclass
 class OKDConfig(
     DivergenceOptions,
+    PlaceOptions,
     SelfTeacherOptions,
     OnlineOptions,
     LoraOptions,
@@ -62,6 +66,8 @@ class OKDConfig(
     InterleavedOptions,
     ReplayOptions,
     ChatOptions,
+    RowOptions,
+    StudentOptions,
     TrainingArguments,
 ):
     """transformers' TrainingArguments plus the method's options. Defaults follow the OKD paper, where it has any.
@@ -75,11 +81,15 @@ class OKDConfig(
     student_ce_weight: float | None = option(
         None, "weight of the student's cross-entropy in place of the preset's", least=0
     )
+    router_aux_loss_coef: float | None = option(
+        None,
+        "weight of the router loss of a student that is a mixture of experts; 0: none; default: as its config has it",
+        least=0,
+    )
     early_stopping_patience: int | None = option(
         None, "evaluations without a better metric_for_best_model, by default eval_loss, after which training stops"
     )
     vocab_size: int | None = option(None, "columns shared by both heads where they are padded differently")
-    max_length: int = option(512, "tokens of an example; longer ones are cut on the right, and counted", least=1)
 
     # transformers' options whose defaults differ here
     learning_rate: float = option(2e-4, "peak learning rate of the student")
@@ -102,12 +112,17 @@ class OKDConfig(
             self.greater_is_better = "agreement" in self.metric_for_best_model
         super().__post_init__()
         if self.n_gpu > 1:  # DataParallel would cut `positions`, which count rows of the whole batch, into pieces
-            logger.warning(f"expected one process for each of {self.n_gpu} GPUs; using one GPU: start with torchrun")
+            if self.teacher_device is None:
+                logger.warning(f"expected one process for each of {self.n_gpu} GPUs; using one: start with torchrun")
             self._n_gpu = 1
         self.dataloader_pin_memory &= torch.cuda.is_available()  # else torch warns on every run
+        if self.accelerator_config.dispatch_batches is None:  # batches hold text, which no process can send to others
+            self.accelerator_config.dispatch_batches = False
         if self.ddp_find_unused_parameters is None:  # what does not learn at a step gets a gradient of zero instead
             self.ddp_find_unused_parameters = False
         check(self)
+        if self.teacher_device is not None:
+            find_device(self.teacher_device)
         _ = self.template_kwargs  # raises where they are none
         if not isinstance(self.method, Method) and self.method not in METHODS:
             raise ValueError(f"expected method to be one of {', '.join(METHODS)}, or a Method; got {self.method!r}")
@@ -212,6 +227,20 @@ class OKDConfig(
                 f"expected a per_device_train_batch_size of at least 2 rows for method {method.name} to mix; got "
                 f"{self.per_device_train_batch_size}: raise it, and lower gradient_accumulation_steps instead"
             )
+        if self.packing and (
+            method.loss is mixup.mixkd or (self.online and method.online_module in ("prefix", "p_tuning"))
+        ):
+            what = (
+                "whose rows are mixed" if method.loss is mixup.mixkd else f"with online_module={method.online_module}"
+            )
+            raise ValueError(
+                f"expected packing with rows that may share a line; got method {method.name}, {what}: leave packing out"
+            )
+        if self.packing and self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            raise ValueError(
+                f"expected packing, or batches of like lengths; got both (train_sampling_strategy="
+                f"{self.train_sampling_strategy}): leave one of them out"
+            )
         if self.online and method.online_module == "prefix" and self.gradient_checkpointing:
             raise ValueError(
                 "expected online_module prefix without gradient_checkpointing, which drops its keys; got both: "
@@ -226,6 +255,7 @@ class OKDConfig(
             raise ValueError(
                 f"expected average_decay with self_teacher=average; got {self.average_decay} without: leave it out"
             )
+        check_student_options(self)
         self._check_generation(method)
 
     def _check_generation(self, method: Method) -> None:
@@ -252,4 +282,5 @@ class OKDConfig(
             )
 
 
-GROUPS = tuple(base for base in OKDConfig.__bases__ if base not in (TrainingArguments, ChatOptions))
+READ_BY_ALL = (ChatOptions, RowOptions, StudentOptions)
+GROUPS = tuple(base for base in OKDConfig.__bases__ if base not in (TrainingArguments, *READ_BY_ALL))

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from okd.models import hidden_states
-from okd_kernels import LinearHead
+from okd.models import device_of, head_of, hidden_states
 
 ROUND = 4  # tokens that one model writes before the host asks whether all rows have ended
 
@@ -67,18 +66,20 @@ class Decoder:
     Args:
         vocab_size: columns of the logits that may be drawn; the rest is padding of the head.
         rollback: `keep` will be called. The cache then holds every token in every layer, sliding windows included.
+        device: where tokens are drawn, default: the model's. Hidden states come there, and a copy of the head.
 
     Raises ValueError for a model with a prefix or a prompt, which PEFT puts in without regard to the cache.
     """
 
-    def __init__(self, model: Any, vocab_size: int, rollback: bool = False):
+    def __init__(self, model: Any, vocab_size: int, rollback: bool = False, device: torch.device | None = None):
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError(
                 f"expected a model without a prompt of virtual tokens to write or to judge responses; got one with "
                 f"{type(model.active_peft_config).__name__}: use a LoRA (online_module=lora) with this method"
             )
         self.model, self.vocab_size = model, vocab_size
-        self.head = LinearHead.from_model(model)
+        self.device = device_of(model) if device is None else device
+        self.head = head_of(model, self.device)
         self.cache = DynamicCache() if rollback else DynamicCache(config=model.config)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         parameters = inspect.signature(base.get_decoder().forward).parameters
@@ -93,7 +94,7 @@ class Decoder:
         """Hidden states of these tokens. Positions count a row's own tokens; `last_position` bounds them."""
         positions = (mask.cumsum(1) - 1).clamp(min=0, max=last_position)[:, -tokens.shape[1] :]
         options = {"position_ids": positions, "use_cache": True, self.keyword: self.cache}
-        return hidden_states(self.model, tokens, mask.long(), **options)
+        return hidden_states(self.model, tokens, mask.long(), **options).to(self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
         with torch.autocast(hidden.device.type, enabled=False):  # which would round them to 16 bits
@@ -107,7 +108,8 @@ class Decoder:
         index = columns[:, None, :, None]
         layer: Any
         for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys.take_along_dim(index, 2), layer.values.take_along_dim(index, 2)
+            own = index.to(layer.keys.device)
+            layer.keys, layer.values = layer.keys.take_along_dim(own, 2), layer.values.take_along_dim(own, 2)
 
 
 @dataclass(frozen=True)
@@ -151,14 +153,14 @@ def write(
     Models should be in evaluation mode. The host waits once a round.
     """
     judges = teacher is not None and not share
-    decoders = [Decoder(m, vocab_size, rollback=judges) for m in (model, teacher) if m is not None]
+    device = device_of(model)
+    decoders = [Decoder(m, vocab_size, judges, device) for m in (model, teacher) if m is not None]
     sizes = [len(prompt) for prompt in prompts]
     if min(sizes) < 2 or min(limits) < 1:
         raise ValueError(
             f"expected prompts of at least two tokens and limits of at least one; got {min(sizes)} and {min(limits)}: "
             "leave such rows out"
         )
-    device = next(model.parameters()).device
     rows = _Rows(decoders, prompts, limits, torch.tensor(sorted(ends), dtype=torch.long, device=device), gamma)
     uniforms = _uniforms(seeds, limits).to(device)
     remaining = max(limits)

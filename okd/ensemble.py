@@ -7,24 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from okd.data import Batch, batch_rows, tokens_of
-from okd.models import check_head, load_model, response_rows
+from okd.data import Batch, batch_rows, row_of_token, tokens_of
+from okd.models import check_head, head_of, is_adapter, load_model, response_rows
 from okd.objectives import Totals, joined
 from okd.selection import Lesson, divergences_of
-from okd.teachers import Frozen, base_of, refuse_injected
+from okd.teachers import Frozen, Placed, base_of, refuse_injected
 from okd_kernels import DistillationLoss, LinearHead
 
 if TYPE_CHECKING:
     from okd.pair import StudentTeacher
 
 
-class Ensemble(nn.Module):
+class Ensemble(Placed):
     """Several frozen teachers. The first one judges: evaluation measures against it, whatever is learned meanwhile.
 
     Args:
@@ -81,7 +80,7 @@ class Ensemble(nn.Module):
     def taught(self, i: int, batch: Batch) -> tuple[Tensor, LinearHead]:
         """(N, D_i) hidden states of teacher i that predict the response tokens, and its head."""
         with self.active(i) as model:
-            return response_rows(model, batch, as_teacher=True), LinearHead.from_model(model)
+            return response_rows(model, batch, as_teacher=True), head_of(model, batch["targets"].device)
 
     def widths(self) -> list[int]:
         """Hidden size of each teacher."""
@@ -104,9 +103,9 @@ class Ensemble(nn.Module):
     def rows(self, batch: Batch) -> Tensor:
         return self.taught(0, batch)[0]
 
-    def head(self) -> LinearHead:
+    def head(self, device: torch.device | None = None) -> LinearHead:
         with self.active(0) as model:
-            return LinearHead.from_model(model)
+            return head_of(model, device)
 
     @contextmanager
     def as_it_was(self) -> Iterator[Any]:
@@ -130,7 +129,7 @@ def ensemble(pair: StudentTeacher, batch: Batch, totals: Totals) -> Distillation
     targets, student = batch["targets"], pair.student_rows(batch)
     taught = [teachers.taught(i, batch) for i in range(len(teachers.members))]
     losses = [pair.distil(student, rows, targets, teacher_head=head, reduction="none") for rows, head in taught]
-    example = batch["positions"] // batch["input_ids"].shape[1]
+    example = row_of_token(batch)
     examples = torch.arange(len(batch["counts"]), device=example.device).unsqueeze(1)
     own = (example == examples).to(losses[0].student.dtype)  # (B, N)
     divergences = divergences_of(losses, pair.student_objective.ce_weight)
@@ -188,11 +187,6 @@ def models_of(teacher: Any) -> list[Any]:
     return [member[0] if isinstance(member, tuple) else member for member in given]
 
 
-def is_adapter(source: str) -> bool:
-    """A directory that holds a PEFT adapter rather than a model."""
-    return (Path(source) / "adapter_config.json").is_file()
-
-
 def named_sources(sources: Sequence[str]) -> dict[str, str]:
     """Names and places of teachers given as `name=source`, or `source` alone: those are called 1, 2, ..."""
     found: dict[str, str] = {}
@@ -205,17 +199,18 @@ def named_sources(sources: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def load_ensemble(
-    first: Any, sources: Mapping[str, str], dtype: str = "auto", device: torch.device | None = None
-) -> Ensemble:
-    """The first of the named teachers, already loaded, and the others: models, or adapters over the first."""
+def load_ensemble(first: Any, sources: Mapping[str, str], **options: Any) -> Ensemble:
+    """The first of the named teachers, already loaded, and the others: models, or adapters over the first.
+
+    options: of `load_model`.
+    """
     from peft import PeftModel
 
     adapted: Any = None
     members: dict[str, Any] = {}
     for name, source in list(sources.items())[1:]:
         if not is_adapter(source):
-            members[name] = load_model(source, dtype, device)
+            members[name] = load_model(source, **options)
             continue
         if adapted is None:
             adapted = PeftModel.from_pretrained(first, source, adapter_name=f"teacher_{name}")

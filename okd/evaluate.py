@@ -23,7 +23,7 @@ from okd.answers import SAMPLED, batches, generate_answers, padding_token, rouge
 from okd.data import IGNORE, Batch, Collator, Row, on_device
 from okd.examples import encoded_rows
 from okd.meters import not_counted
-from okd.models import evaluating, response_rows
+from okd.models import device_of, evaluating, head_of, response_rows
 from okd.teachers import as_it_was
 from okd_kernels import LinearHead, linear_distillation_loss
 
@@ -166,22 +166,20 @@ def token_statistics(
     result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     modules = [m for m in (student, teacher) if isinstance(m, torch.nn.Module)]
     with evaluating(*modules), nullcontext() if teacher is None else as_it_was(teacher) as judge:
-        student_head = _head(student, "student", rows)
-        teacher_head = student_head if judge is None else _head(judge, "teacher", rows)
+        device = device_of(student)
+        student_head = _head(student, "student", rows, device)
+        teacher_head = student_head if judge is None else _head(judge, "teacher", rows, device)
         sizes = (len(student_head.weight), len(teacher_head.weight))
         vocab_size = min(sizes) if vocab_size is None else vocab_size
         items = list(enumerate(rows))
         for part in batches(items, lambda item: len(item[1]["input_ids"]), batch_size, "divergence", progress):
             indices, batch_rows = zip(*part, strict=True)
-            batch = collate(batch_rows)
-            student_hidden = response_rows(student, on_device(batch, student.device))
-            teacher_hidden = student_hidden
-            if judge is not None:
-                teacher_hidden = response_rows(judge, on_device(batch, judge.device), as_teacher=True)
-            targets = batch["targets"].to(student_hidden.device)
+            batch = on_device(collate(batch_rows), device)
+            student_hidden = response_rows(student, batch)
+            teacher_hidden = student_hidden if judge is None else response_rows(judge, batch, as_teacher=True)
             hiddens_and_heads = (student_hidden, student_head, teacher_hidden, teacher_head)
             # compact: all rows are counted
-            loss = linear_distillation_loss(*hiddens_and_heads, targets, vocab_size=vocab_size, compact=False)
+            loss = linear_distillation_loss(*hiddens_and_heads, batch["targets"], vocab_size=vocab_size, compact=False)
             # on the CPU: one transfer a batch, and not every accelerator has float64
             tokens = torch.stack([loss.metrics[name] for name in STATISTICS]).cpu().double()
             for index, of_row in zip(indices, tokens.split(batch["counts"], dim=1), strict=True):
@@ -189,9 +187,9 @@ def token_statistics(
     return result
 
 
-def _head(model: PreTrainedModel, name: str, rows: Iterable[Row]) -> LinearHead:
+def _head(model: PreTrainedModel, name: str, rows: Iterable[Row], device: torch.device) -> LinearHead:
     """The model's head. Raises ValueError if an id in `rows` lies outside its vocabulary, which crashes a GPU."""
-    head, largest = LinearHead.from_model(model), max(max(row["input_ids"]) for row in rows)
+    head, largest = head_of(model, device), max(max(row["input_ids"]) for row in rows)
     if largest >= len(head.weight):
         raise ValueError(
             f"expected token ids below {len(head.weight)}, the {name}'s vocabulary size, got {largest}; use the "
@@ -297,12 +295,12 @@ class Evaluation:
     def held_out_batches(self) -> Any:
         """Held-out batches, one after the other, for a reward that asks how good the student has become."""
         rows: Any = self.eval_dataset
-        if not isinstance(rows, list) or not rows:
+        if isinstance(rows, Mapping) or not rows:
             raise ValueError("expected an eval_dataset with selection_reward=dev, which is measured on it; got none")
         size = self.args.per_device_eval_batch_size
 
         def batch() -> Batch:
-            start = (self.pair.seed[1] * size) % len(rows)
-            return self._prepare_inputs(self.data_collator((rows + rows)[start : start + size]))
+            start = self.pair.seed[1] * size
+            return self._prepare_inputs(self.data_collator([rows[(start + i) % len(rows)] for i in range(size)]))
 
         return batch

@@ -70,7 +70,7 @@ def exposure_bias(
     sampled = {"ends": end_tokens(tokenizer, student, teacher), "max_new_tokens": max_new_tokens, **options, **SAMPLED}
     with seeded(seed, student):
         by_student = generate_responses(student, asked, suppress_tokens=_padding(shared, heads[0]), **sampled)
-    with as_it_was(teacher) as base, seeded(seed, student):
+    with as_it_was(teacher) as base, seeded(seed, student, base):
         by_teacher = generate_responses(base, asked, suppress_tokens=_padding(shared, heads[1]), **sampled)
     own, given = (
         _errors(student, teacher, asked, written, max_new_tokens, vocab_size=shared, **options)

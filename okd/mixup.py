@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from okd.data import IGNORE, Batch, seed_of
-from okd.models import hidden_states
+from okd.models import device_of, hidden_states
 from okd.objectives import Totals, divergence
 from okd.options import option, reads
 from okd_kernels import DistillationLoss, Objective, linear_sparse_distillation_loss
@@ -51,9 +51,11 @@ def _mixed(pair: StudentTeacher, batch: Batch) -> Mixed:
     shares = torch.from_numpy(draws.beta(a, a, len(ids))).to(ids.device, torch.float32)  # (B,)
 
     def rows_of(model: Any) -> Tensor:
-        embedded = model.get_input_embeddings()(ids)
-        mixed = torch.lerp(embedded[partner], embedded, shares.to(embedded.dtype).view(-1, 1, 1))
-        return hidden_states(model, None, mask, inputs_embeds=mixed).flatten(0, 1)[positions]
+        embedded = model.get_input_embeddings()(ids.to(device_of(model)))
+        weights = shares.to(embedded).view(-1, 1, 1)
+        mixed = torch.lerp(embedded[partner.to(embedded.device)], embedded, weights)
+        states = hidden_states(model, None, mask, inputs_embeds=mixed)
+        return states.flatten(0, 1)[positions.to(states.device)].to(ids.device)
 
     labels = torch.full_like(ids, IGNORE).flatten().scatter(0, positions, targets).view_as(ids)
     student = rows_of(pair.student)

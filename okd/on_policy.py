@@ -30,7 +30,7 @@ class PolicyGradientOptions:
         50.0, "a token's reward log p - log q is cut to so many nats (released code: 100, of halves)", above=0
     )
     length_normalized: bool = option(True, "divide a token's return by the number of tokens after it")
-    text_weight: float = option(1.0, "weight of the cross-entropy on the second data set (lm_file)", least=0)
+    text_weight: float = option(1.0, "weight of the cross-entropy on the second data set (lm_data)", least=0)
 
 
 @reads(PolicyGradientOptions)
@@ -78,11 +78,12 @@ def _scattered(values: Tensor, at: Tensor, like: Tensor) -> Tensor:
 
 def _future(values: Tensor, batch: Batch, mean: bool) -> Tensor:
     """Sum or mean of `values` (N,) over the later response tokens of the same row, for each of N; 0 for the last."""
-    rows, positions = batch["input_ids"], batch["positions"]
+    counts, longest = batch["counts"], max(1, *batch["counts"])
+    places = torch.tensor([i * longest + j for i, n in enumerate(counts) for j in range(n)]).to(values.device)
 
     def later(x: Tensor) -> Tensor:
-        grid = x.new_zeros(rows.numel()).scatter(0, positions, x).view_as(rows)
-        return (grid.flip(1).cumsum(1).flip(1) - grid).flatten()[positions]
+        grid = x.new_zeros(len(counts) * longest).scatter(0, places, x).view(-1, longest)
+        return (grid.flip(1).cumsum(1).flip(1) - grid).flatten()[places]
 
     return later(values) / later(torch.ones_like(values)).clamp_min(1) if mean else later(values)
 

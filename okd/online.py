@@ -9,6 +9,7 @@ Shapes: N response tokens; D the hidden size.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from okd.data import Batch
-from okd.models import response_rows
+from okd.models import head_of, response_rows
 from okd.options import option
-from okd.teachers import base_of, refuse_injected
+from okd.teachers import Placed, base_of, refuse_injected
 from okd_kernels import DistillationLoss, LinearHead
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ class OnlineOptions:
 class LoraOptions:
     """Read by online_module=lora."""
 
+    online_target_modules: list[str] | None = option(
+        None,
+        "linear modules of the teacher's decoder that carry the LoRA, such as q_proj v_proj, or all-linear; default: "
+        "query and value projections, or what holds them",
+    )
     online_rank: int = option(32, "rank of the teacher's LoRA", least=1)
     online_alpha: int | None = option(None, "alpha of the teacher's LoRA, scaled by alpha / rank; default: its rank")
     online_dropout: float = option(0.0, "dropout of the teacher's LoRA", least=0, most=1)
@@ -90,7 +96,14 @@ MODULE_OPTIONS: dict[str, type] = {
 }
 
 
-class Online(nn.Module):
+TARGETS = (  # query and value projections, fused ones, and the last ones of DeepSeek's latent attention
+    ("q_proj", "v_proj"), ("query", "value"), ("q", "v"),
+    ("qkv_proj",), ("query_key_value",), ("Wqkv",), ("c_attn",),
+    ("q_b_proj", "kv_b_proj"), ("q_proj", "kv_b_proj"),
+)  # fmt: skip
+
+
+class Online(Placed):
     """A PEFT model whose adapter alone trains. It has a graph where `learning`; its base judges.
 
     Raises ValueError where anything else would train, or nothing.
@@ -121,8 +134,8 @@ class Online(nn.Module):
         with torch.set_grad_enabled(self.learning and torch.is_grad_enabled()):
             return response_rows(self.model, batch, as_teacher=True)
 
-    def head(self) -> LinearHead:
-        return LinearHead.from_model(self.model)
+    def head(self, device: torch.device | None = None) -> LinearHead:
+        return head_of(self.model, device)
 
     @contextmanager
     def as_it_was(self) -> Iterator[Any]:
@@ -158,8 +171,8 @@ class Online(nn.Module):
 def attach_online_module(teacher: Any, options: Any, modules: Sequence[str] | None = None) -> Any:
     """The teacher as a PEFT model whose base is frozen and whose adapter, starting at no change, trains.
 
-    LoRA on the query and value projections as in the paper (arXiv 2409.12512, Sec. 3.1), prefix tuning or p-tuning; or
-    a copy of each of the `modules` named, which trains in its place while the original is kept.
+    LoRA, by default on the query and value projections as in the paper (arXiv 2409.12512, Sec. 3.1), prefix tuning or
+    p-tuning; or a copy of each of the `modules` named, which trains in its place while the original is kept.
     """
     import peft
     from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -186,21 +199,64 @@ def attach_online_module(teacher: Any, options: Any, modules: Sequence[str] | No
             r=options.online_rank,
             lora_alpha=options.online_rank if options.online_alpha is None else options.online_alpha,
             lora_dropout=options.online_dropout,
-            target_modules=_query_and_value(teacher),
             layers_to_transform=list(range(first, n_layers)) if first else None,
+            **_targets(teacher, options.online_target_modules),
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, which no adapter touches here
-        return peft.get_peft_model(teacher, config)
+        return _in_memory(peft.get_peft_model(teacher, config))
 
 
-def _query_and_value(model: nn.Module) -> list[str] | None:
-    """Names of the query and value projections; None leaves the choice to PEFT's table (fused projections)."""
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    for pair in (["q_proj", "v_proj"], ["query", "value"], ["q", "v"]):
-        if names.issuperset(pair):
-            return pair
-    return None
+def _in_memory(model: Any) -> Any:
+    """LoRA's weights beside offloaded layers, which PEFT leaves without values, drawn where those layers compute.
+
+    Raises ValueError for another module that would be offloaded.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and any(p.is_meta for p in layer.lora_A.parameters()):
+            device = layer.get_base_layer()._hf_hook.execution_device
+            for weights in (layer.lora_A, layer.lora_B):
+                weights.to_empty(device=device)
+            for name in layer.lora_A:
+                layer.reset_lora_parameters(name, True)
+    offloaded = [name for name, p in model.named_parameters() if p.requires_grad and p.is_meta]
+    if offloaded:
+        raise ValueError(
+            f"expected the online module in memory, where it trains; {len(offloaded)} of its weights are offloaded, "
+            f"such as {offloaded[0]}: choose online_module=lora, or another device_map"
+        )
+    return model
+
+
+def _targets(model: Any, wanted: Sequence[str] | None) -> dict[str, Any]:
+    """`target_modules` of a LoRA: those `wanted`, or the first of TARGETS that the decoder has; None leaves the choice
+    to PEFT's table. And as `exclude_modules` all but the decoder, where there are such modules too (a vision tower).
+
+    Raises ValueError for names that no linear module of the decoder has.
+    """
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+
+    decoder, names = model.get_decoder(), set[str]()
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) or "Linear" in type(module).__name__:
+            names.add(name.rpartition(".")[2])
+    if wanted is None:
+        chosen = next((list(x) for x in TARGETS if names.issuperset(x)), None)
+    else:
+        chosen = sorted(names) if "all-linear" in wanted else list(wanted)
+    unknown = [name for name in chosen or () if name.rpartition(".")[2] not in names]
+    if unknown or not (chosen or model.config.model_type in PEFT_TARGETS):
+        raise ValueError(
+            "expected online_target_modules by names of linear modules in the teacher's decoder, which are "
+            f"{', '.join(sorted(names)) or 'none'}; got {', '.join(unknown) or 'none'}: pass some of those"
+        )
+    (within,) = [name for name, module in model.named_modules() if module is decoder]
+    outside = [n for n, _ in model.named_modules() if within and not f"{n}.".startswith(f"{within}.")]
+    if any(f".{n}".endswith(f".{name}") for n in outside for name in chosen or ()):
+        return {"target_modules": chosen, "exclude_modules": rf"(?!{re.escape(within)}\.).*"}
+    return {"target_modules": chosen}
 
 
 def adapter_names(teacher: nn.Module) -> set[str]:
@@ -245,13 +301,13 @@ def distance_from_base(pair: StudentTeacher, batch: Batch, totals: Totals | None
     With an online teacher the metrics also hold, for each token, `teacher_shift`, KL(base || online teacher) in nats,
     which says how far the module has moved its teacher, and `online_teacher_nll`, of the label.
     """
-    with pair.teacher.as_it_was() as model:
-        base, base_head = response_rows(model, batch, as_teacher=True), LinearHead.from_model(model)
     targets = batch["targets"]
+    with pair.teacher.as_it_was() as model:
+        base, base_head = response_rows(model, batch, as_teacher=True), head_of(model, targets.device)
     options: dict[str, Any] = {"teacher": None, "teacher_head": base_head, "temperature": 1.0}  # as in evaluations
     loss = pair.distil(pair.student_rows(batch), base, targets, **options)
     if not pair.teacher.learns:
         return loss
-    shift = pair.distil(pair.teacher_rows(batch), base, targets, student_head=pair.teacher.head(), **options).metrics
+    shift = pair.distil(pair.teacher_rows(batch), base, targets, student_head=pair.teacher_head(), **options).metrics
     moved = {"teacher_shift": shift["forward_kl"], "online_teacher_nll": shift["student_nll"]}
     return loss._replace(metrics=loss.metrics | moved)

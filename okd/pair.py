@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from okd.data import Batch
-from okd.models import response_rows
+from okd.models import device_of, response_rows
 from okd.objectives import Loss, Totals
+from okd.routers import Routers
 from okd.selection import Selection
 from okd_kernels import DistillationLoss, LinearHead, Objective, linear_distillation_loss
 
@@ -44,6 +45,7 @@ class StudentTeacher(nn.Module):
         self.seed, self.progress, self.progress_after = (options.seed, 0), 0.0, 0.0
         self.teacher_objective: Objective | None = method.teacher
         self.student_learns, self.is_replicated = True, False
+        self.routers = Routers(student, options.router_aux_loss_coef)
         self.selection: Selection | None = None
         if method.selection is not None and teacher is not None:
             width = student.config.get_text_config().hidden_size
@@ -75,7 +77,14 @@ class StudentTeacher(nn.Module):
         totals: Totals | None = None,  # of the optimizer step; None: of this batch alone
         loss: Loss | None = None,  # in place of the method's
     ) -> DistillationLoss:
-        result = (loss or self.loss)(self, batch, Totals.of([batch]) if totals is None else totals)
+        totals = Totals.of([batch]) if totals is None else totals
+        learns = self.training and self.student_learns and torch.is_grad_enabled()
+        if learns and self.routers.coefficient:
+            with self.routers.watched(batch["attention_mask"]) as seen:
+                result = (loss or self.loss)(self, batch, totals)
+            result = self.routers.added(result, seen, Totals.of([batch]).tokens / totals.tokens)
+        else:
+            result = (loss or self.loss)(self, batch, totals)
         if self.is_replicated and torch.is_grad_enabled() and self.training and (idle := self.idle()):
             return result._replace(student=_WithZeros.apply(result.student, *idle))
         return result
@@ -96,8 +105,9 @@ class StudentTeacher(nn.Module):
         return self.teacher.rows(batch)
 
     def teacher_head(self) -> LinearHead:
+        """The teacher's head on the student's device."""
         assert self.teacher is not None
-        return self.teacher.head()
+        return self.teacher.head(device_of(self.student))
 
     def distil(
         self,

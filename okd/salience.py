@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from okd.data import Batch, on_device
-from okd.models import response_rows
+from okd.models import head_of, is_dispatched, response_rows
 from okd.objectives import Totals, divergence
 from okd.pair import StudentTeacher
 from okd_kernels import LinearHead
@@ -65,9 +65,14 @@ def saliency(student: Any, teacher: Any, args: Any, batches: Sequence[Mapping[st
             f"expected linear modules in the teacher's decoder; {type(teacher).__name__} has none, or quantised ones: "
             "load it in floating point, or choose another online_module"
         )
-    for model in (student, teacher):
-        if not hasattr(model, "hf_device_map"):  # where the trainer will move it anyway
-            model.to(args.device)
+    if any(weight.is_meta for weight in matrices.values()):
+        raise ValueError(
+            "expected a teacher in memory, whose weights are compared by their gradients; got an offloaded one: choose "
+            "a device_map of GPUs, or online_module=lora"
+        )
+    for model, device in ((student, args.device), (teacher, args.teacher_device or args.device)):
+        if not is_dispatched(model):  # where the trainer will move it anyway
+            model.to(device)
     scores = {name: torch.zeros((), device=weight.device) for name, weight in matrices.items()}
 
     def score(name: str) -> Callable[[Tensor], None]:
@@ -90,7 +95,7 @@ def saliency(student: Any, teacher: Any, args: Any, batches: Sequence[Mapping[st
     for hook in hooks:
         hook.remove()
     teacher.requires_grad_(False)
-    return dict(zip(scores, (torch.stack(list(scores.values())) / len(batches)).tolist(), strict=True))
+    return dict(zip(scores, (torch.stack([x.cpu() for x in scores.values()]) / len(batches)).tolist(), strict=True))
 
 
 class _Whole(nn.Module):
@@ -105,5 +110,5 @@ class _Whole(nn.Module):
     def rows(self, batch: Batch) -> Tensor:
         return response_rows(self.model, batch, as_teacher=True)
 
-    def head(self) -> LinearHead:
-        return LinearHead.from_model(self.model)
+    def head(self, device: torch.device | None = None) -> LinearHead:
+        return head_of(self.model, device)

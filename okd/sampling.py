@@ -25,10 +25,24 @@ from accelerate.utils import gather_object
 from transformers.utils import logging
 
 from okd.answers import end_tokens, generate_responses, padding_token, prompt_and_reference
-from okd.data import BOTH, IGNORE, STUDENT, TEACHER, TEXT, Batch, Collator, Row, on_device, rows_of, seed_of, uniform
+from okd.data import (
+    BOTH,
+    IGNORE,
+    STUDENT,
+    TEACHER,
+    TEXT,
+    Batch,
+    Collator,
+    Row,
+    on_device,
+    packed,
+    rows_of,
+    seed_of,
+    uniform,
+)
 from okd.decoding import Draw, write
 from okd.meters import ranks
-from okd.models import evaluating, position_limit
+from okd.models import evaluating, position_limit, weights_of
 from okd.options import option, reads
 from okd_kernels import LinearHead
 
@@ -181,9 +195,18 @@ class Sampler:
             self.note(student_written_rows=sum(row.get("writer") == STUDENT for row in rows))
             if self.texts:
                 place = (step * self.options.gradient_accumulation_steps + i) * ranks() + self.options.process_index
-                rows = rows + self._texts(place * self.options.per_device_train_batch_size, len(batch["ids"]))
-            result.append(on_device(self.collate(rows), device))
+                size = self.options.per_device_train_batch_size  # of lines of several rows, where they are packed
+                rows = rows + self._texts(place * size, min(size, len(batch["ids"])))
+            result.append(on_device(self.collate(self._lines(rows)), device))
         return result
+
+    def _lines(self, rows: Sequence[Row]) -> Sequence[Any]:
+        lengths = [len(row["input_ids"]) for row in rows]
+        return (
+            [[rows[i] for i in line] for line in packed(lengths, self.options.max_length)]
+            if self.options.packing
+            else rows
+        )
 
     def _texts(self, first: int, n: int) -> list[Row]:
         """Rows first, ..., first + n - 1 of the second data set, in an order of its own in each pass."""
@@ -318,8 +341,8 @@ class Sampler:
         training = {id(p) for p in teacher.parameters() if p.requires_grad}
         if teacher.judges:
             with teacher.as_it_was() as model:
-                for p in (p for p in model.parameters() if id(p) not in training):
-                    weights.append(p.detach().flatten()[:: max(1, p.numel() // 8)].float())
+                for p in (p for p in weights_of(model) if id(p) not in training):
+                    weights.append(p.detach().flatten()[:: max(1, p.numel() // 8)].float().cpu())
         numbers = torch.cat(weights).tolist() if weights else []
         how = (options.seed, options.num_beams, self.method.draw, self.method.generate, self._vocab_size())
         return seed_of(*numbers, *how)

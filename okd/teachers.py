@@ -18,11 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from okd.data import Batch
-from okd.models import evaluating, response_rows
+from okd.models import device_of, evaluating, head_of, is_dispatched, response_rows
 from okd.options import option
 from okd_kernels import LinearHead
 
 SELF_TEACHERS = ("average", "student")
+
+
+@dataclass
+class PlaceOptions:
+    """Read by methods that are given a teacher, and by evaluations."""
+
+    teacher_device: str | None = option(
+        None, "where the teacher is computed, such as cuda:1 or cpu; hidden states travel; default: with the student"
+    )
 
 
 @dataclass
@@ -48,8 +57,8 @@ class Teacher(Protocol):
     def rows(self, batch: Batch) -> Tensor:
         """(N, D) hidden states of the teacher of the moment that predict the response tokens."""
 
-    def head(self) -> LinearHead:
-        """Its head of the moment."""
+    def head(self, device: torch.device | None = None) -> LinearHead:
+        """Its head of the moment, on this device; None: wherever it is."""
 
     def as_it_was(self) -> AbstractContextManager[Any]:
         """The model before the run, active inside: the judge of student and teacher. None where it does not judge."""
@@ -58,7 +67,46 @@ class Teacher(Protocol):
         """Called once after each optimizer step."""
 
 
-class Frozen(nn.Module):
+class Placed(nn.Module):
+    """Models that a trainer moves to its own device, but for those that have a place: `place` says which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stay: set[int] = set()
+
+    def place(self, device: torch.device | None = None) -> None:
+        """Compute on this device; without one, each model where it is, if that is an accelerator.
+
+        What accelerate has dispatched stays in any case. Raises ValueError for such a model with a device.
+        """
+        for model in self._models():
+            if device is not None:
+                if is_dispatched(model):
+                    raise ValueError(
+                        f"expected a teacher in one piece to put it on {device}; got one with the device_map "
+                        f"{model.hf_device_map}: leave out teacher_device, or device_map"
+                    )
+                model.to(device)
+            if device is not None or device_of(model).type != "cpu":
+                self._stay.add(id(model))
+
+    def staying(self) -> list[Any]:
+        """The models that no trainer moves."""
+        return [model for model in self._models() if is_dispatched(model) or id(model) in self._stay]
+
+    def _models(self) -> list[Any]:
+        found: Any = getattr(self, "models", None) or [self.model]
+        return list(found)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        staying = self.staying()
+        for model in self._models():
+            if not any(model is other for other in staying):
+                model._apply(fn, recurse)
+        return self
+
+
+class Frozen(Placed):
     """A model as it is, with whatever adapter is active on it."""
 
     learns, judges = False, True
@@ -72,8 +120,8 @@ class Frozen(nn.Module):
     def rows(self, batch: Batch) -> Tensor:
         return response_rows(self.model, batch, as_teacher=True)
 
-    def head(self) -> LinearHead:
-        return LinearHead.from_model(self.model)
+    def head(self, device: torch.device | None = None) -> LinearHead:
+        return head_of(self.model, device)
 
     @contextmanager
     def as_it_was(self) -> Iterator[Any]:
@@ -139,7 +187,7 @@ class Itself(nn.Module):
         with evaluating(self.model):
             return response_rows(self.model, batch, as_teacher=True)
 
-    def head(self) -> LinearHead:
+    def head(self, device: torch.device | None = None) -> LinearHead:
         return LinearHead.from_model(self.model).detach()
 
     as_it_was, after_update = Averaged.as_it_was, Frozen.after_update
@@ -177,7 +225,7 @@ def base_of(model: Any) -> Iterator[Any]:
             parameter.requires_grad_(requires_grad)
 
 
-def refuse_injected(model: Any) -> None:
+def refuse_injected(model: Any, name: str = "teacher") -> None:
     """Raise ValueError for a model that PEFT has wrapped, which holds an adapter that nobody can switch off."""
     if hasattr(model, "disable_adapter") or not hasattr(model, "peft_config"):
         return
@@ -188,6 +236,6 @@ def refuse_injected(model: Any) -> None:
 
     if any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules()):
         raise ValueError(
-            "expected a teacher as it was loaded, or a PEFT model; got a model that an online module has been put "
-            "into, as OKDTrainer does in place: pass trainer.teacher, or load the teacher again"
+            f"expected a {name} as it was loaded, or a PEFT model; got a model that an online module or LoRA has been "
+            f"put into, as OKDTrainer does in place: pass trainer.{name}, or load the {name} again"
         )

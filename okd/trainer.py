@@ -19,13 +19,14 @@ from okd.config import OKDConfig
 from okd.data import Batch, Collator
 from okd.ensemble import models_of
 from okd.evaluate import Evaluation
-from okd.examples import encoded_rows
+from okd.examples import Stream, encoded_rows, in_lines
 from okd.meters import LogFile, Logging, Meters, ranks, summed
-from okd.models import describe_parameters
+from okd.models import describe_parameters, tokenizer_of
 from okd.objectives import Totals
 from okd.pair import StudentTeacher
 from okd.sampling import Sampler
 from okd.selection import Policy
+from okd.student import prepare_student
 from okd_kernels import DistillationLoss
 
 logger = logging.get_logger(__name__)
@@ -42,17 +43,21 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
             unless it is a PEFT model already; `trainer.teacher` is that model. Methods that choose among several take
             a list, a mapping of names, or an `okd.ensemble.Ensemble`; evaluation measures against the first. None with
             a method that needs none, or with a self-teacher.
-        train_dataset, eval_dataset: examples (`messages`, `prompt` + `completion`, or `text`), or what
-            `okd.examples.encode` made of them; the latter also by name, each evaluated under its own.
+        train_dataset, eval_dataset: examples (`messages`, `prompt` + `completion`, or `text`) as a list or a
+            `datasets.Dataset`, or what `okd.examples.encode` made of them; the first also an iterable data set, which
+            is encoded as it is read, the latter also by name, each evaluated under its own.
         text_dataset: plain text of a second kind, which minillm learns beside the responses.
-        processing_class: the tokenizer.
+        processing_class: the tokenizer, or a processor that has one, which is then saved with the student.
+        teacher_processing_class: the teacher's, or one for each of several; default: what lies beside the teacher on
+            this machine. Only compared: both must map the same tokens to the same ids, below `vocab_size`, which is set
+            to the ids that both share where their heads are padded differently.
 
     It saves the student (plain `from_pretrained` loads it) and the teacher's adapter, and resumes from checkpoints.
 
     Raises:
         ValueError: nothing would train, fp16 weights would, a base weight of the teacher would, a head does more than a
-            matrix product, the heads have different numbers of rows and `vocab_size` is not given, or an argument
-            would change nothing.
+            matrix product, the heads have different numbers of rows and neither `vocab_size` nor the teacher's
+            tokenizer is known, tokenizers differ, or an argument would change nothing.
         FloatingPointError: a loss is not finite; the ids of its step's examples are saved first.
     """
 
@@ -67,30 +72,38 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         text_dataset: Any = None,
+        teacher_processing_class: Any = None,
         **kwargs: Any,
     ):
         args = args or OKDConfig()
         checks.check_arguments(processing_class, kwargs)
-        ends = end_tokens(processing_class, student, *models_of(teacher))
+        tokenizer = tokenizer_of(processing_class)
+        ends = end_tokens(tokenizer, student, *models_of(teacher))
+        args = checks.with_vocab_size(args, student, teacher, tokenizer, teacher_processing_class)
         datasets = (train_dataset, text_dataset, eval_dataset)
-        train, texts, held_out = (encoded_rows(data, processing_class, args, ends) for data in datasets)
-        collator: Any = kwargs.pop("data_collator", None) or Collator(processing_class.pad_token_id)
+        train, texts, held_out = (encoded_rows(data, tokenizer, args, ends) for data in datasets)
+        collator: Any = kwargs.pop("data_collator", None) or Collator(tokenizer.pad_token_id)
+        student = prepare_student(student, args)
         checks.check_student(student)
-        checks.check_data(args, train or [], texts or [])
-        teacher = checks.prepare_teacher(teacher, args, student, train, collator)
-        checks.warn_of_models(student, teacher, args, train or [])
+        rows = () if isinstance(train, Stream) else train or ()  # those of a stream are not known yet
+        checks.check_data(args, train, rows, texts or ())
+        checks.check_ids(student, args, rows, texts, held_out)
+        checks.check_packed(args, student, teacher)
+        given, teacher = teacher, checks.prepare_teacher(teacher, args, student, rows, collator)
+        checks.place(teacher, given, args)
+        checks.warn_of_models(student, teacher, args, rows)
         pair = StudentTeacher(student, teacher, args)
         super().__init__(
             model=pair,
             args=args,
             data_collator=collator,
-            train_dataset=train,
+            train_dataset=in_lines(train, args.max_length) if args.packing and train is not None else train,
             eval_dataset=held_out,
             processing_class=processing_class,
             **kwargs,
         )
         self.pair: Any = pair
-        self.tokenizer: Any = processing_class
+        self.tokenizer: Any = tokenizer
         self.ends = ends
         for callback in (ProgressCallback, PrinterCallback):
             self.pop_callback(callback)
@@ -99,14 +112,20 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         pair.is_replicated = ranks() > 1 and not self.is_sharded
+        checks.refuse_elsewhere(self)
         if isinstance(pair.selection, Policy) and pair.selection.reward == "dev":
             pair.selection.held_out = self.held_out_batches()
-        self.sampler = Sampler(args, pair, processing_class, train or (), texts or ())
+        self.sampler = Sampler(args, pair, tokenizer, rows, texts or ())
         self.meters, self.log_file = Meters(), LogFile(Path(str(args.output_dir)))
         self._step: list[tuple[list[str], DistillationLoss]] = []  # ids and losses of the micro-batches of a step
         self._last_batch: Batch | None = None
         self._teacher_norm: Tensor | None = None
         logger.warning(describe_parameters(student, teacher))
+
+    @property
+    def student(self) -> Any:
+        """The student's model: a PEFT model where it has a LoRA."""
+        return self.pair.student
 
     @property
     def teacher(self) -> Any:

@@ -128,6 +128,10 @@ class LinearHead:
         """The same head in another dtype; gradients flow through the cast."""
         return self._map(lambda x: x.to(dtype))
 
+    def to(self, device: torch.device | str) -> LinearHead:
+        """The same head on another device; gradients flow through the copy."""
+        return self._map(lambda x: x.to(device))
+
     def detach(self) -> LinearHead:
         """The same head, cut from the graph."""
         return self._map(Tensor.detach)

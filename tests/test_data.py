@@ -93,7 +93,7 @@ def test_read_jsonl_keeps_every_shape_and_names_examples_by_file_and_line(tmp_pa
     "line, expected, got",
     [
         (b'{"prompt": "a" "b"}', "expected a JSON object", "\"b\"}' (Expecting ',' delimiter"),
-        (b'{"text": "\xff"}', "expected a JSON object", "can't decode byte 0xff"),
+        (b'{"text": "\xff"}', "expected a JSON object", "xff\"}' (Invalid"),
         (b"[1, 2]", 'expected {"messages": [...]}', "got [1, 2]; write an object"),
         (b'{"question": "a"}', 'or {"text": string}', "got {'question': 'a'}; rename the fields"),
         (b'{"prompt": "a"}', '{"prompt": string, "completion": string}', "got {'prompt': 'a'}"),
@@ -486,6 +486,7 @@ def test_collator_equals_a_brute_force_loop_and_keeps_eos_where_pad_is_eos(multi
     assert batch["positions"].tolist() == positions and batch["targets"].tolist() == targets
     assert batch.pop("ids") == ["r0", "r1", "r2", "r3"]
     assert batch.pop("writers") == ["dataset"] * 4 and batch.pop("teachers") == [None] * 4
+    assert batch.pop("spans") == [(i, 0, len(row["input_ids"])) for i, row in enumerate(rows)]
     counts = batch.pop("counts")
     assert counts == [sum(label != -100 for label in row["labels"]) for row in rows] and 0 in counts
     assert all(tensor.dtype == torch.int64 and tensor.device.type == "cpu" for tensor in batch.values())

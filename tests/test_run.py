@@ -37,7 +37,7 @@ def train(folder, output, *options, method="okd"):
 def arguments_of_train(folder, output, *options, method="okd"):
     return [
         "train", method, "--teacher", str(folder / "teacher"), "--student", str(folder / "student"),
-        "--train-file", str(folder / "train.jsonl"), "--eval-file", str(folder / "eval.jsonl"),
+        "--train-data", str(folder / "train.jsonl"), "--eval-data", str(folder / "eval.jsonl"),
         "--output-dir", str(output), "--max-steps", "6", "--use-cpu", "--eval-answers", "4",
         "--eval-max-new-tokens", "6", "--disable-tqdm", "true", "--learning-rate", "1e-2", "--logging-steps", "2",
         *options,
@@ -134,7 +134,7 @@ def test_two_processes_are_one_run(folder, tmp_path):
     together, alone = tmp_path / "together", tmp_path / "alone"
     few = tmp_path / "few.jsonl"  # a step takes them all, in whatever order
     few.write_text("\n".join(json.dumps(e) for e in tiny.examples(8)))
-    options = ("--max-steps", "3", "--save-strategy", "steps", "--save-steps", "2", "--train-file", str(few))
+    options = ("--max-steps", "3", "--save-strategy", "steps", "--save-steps", "2", "--train-data", str(few))
     arguments = arguments_of_train(folder, together, *options, "--per-device-train-batch-size", "4", "--overwrite")
     for _ in range(2):  # the second time there is a run to remove
         on_two_processes(arguments)
@@ -280,7 +280,7 @@ def test_a_16_bit_student_trains_in_fp32(folder, tmp_path):
 def test_student_from_the_teachers_layers(folder, tmp_path):
     output = tmp_path / "run"
     arguments = ["train", "forward_kd", "--teacher", str(folder / "teacher"), "--student-layers", "0,2", "--use-cpu"]
-    arguments += ["--train-file", str(folder / "train.jsonl"), "--output-dir", str(output), "--max-steps", "1"]
+    arguments += ["--train-data", str(folder / "train.jsonl"), "--output-dir", str(output), "--max-steps", "1"]
     assert main([*arguments, "--eval-answers", "0"]) == 0
     student = AutoModelForCausalLM.from_pretrained(output / "student")
     assert student.config.num_hidden_layers == 2 and len(student.model.layers) == 2
@@ -297,7 +297,7 @@ def test_a_student_out_of_a_gpt2(folder, tmp_path, layers):
     gpt2.save_pretrained(tmp_path / "gpt2")
     tiny.tokenizer().save_pretrained(tmp_path / "gpt2")
     arguments = ["train", "okd", "--teacher", str(tmp_path / "gpt2"), "--use-cpu", "--eval-answers", "2"]
-    arguments += ["--train-file", str(folder / "train.jsonl"), "--output-dir", str(tmp_path / "run")]
+    arguments += ["--train-data", str(folder / "train.jsonl"), "--output-dir", str(tmp_path / "run")]
     arguments += ["--max-steps", "1"]
     assert main([*arguments, *(() if layers is None else ("--student-layers", layers))]) == 0
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
@@ -573,23 +573,27 @@ def test_overwrite_removes_nothing_before_the_inputs_are_good(folder, tmp_path, 
     assert train(folder, output, "--overwrite", "--max-steps", "1", "--student", str(output / "student")) == 0
 
 
-def test_heads_of_different_sizes_are_found_at_once(folder, tmp_path, capsys):
-    """Before the first evaluation, and without leaving a run that the corrected command would have to overwrite."""
-    padded = tmp_path / "padded"
+def test_heads_of_different_sizes_take_the_ids_that_they_share(folder, tmp_path, capsys):
+    """Which the run writes down, and goes on with. A wrong number is found before anything is written."""
+    padded, output = tmp_path / "padded", tmp_path / "run"
     tiny.llama(seed=1, vocab=80).save_pretrained(padded)
     tiny.tokenizer().save_pretrained(padded)
-    status = train(folder, tmp_path / "run", "--teacher", str(padded))
-    fails(capsys, status, "got student 64 and teacher 80", "pass vocab_size=len(tokenizer), at most 64")
-    assert train(folder, tmp_path / "run", "--teacher", str(padded), "--vocab-size", "64", "--max-steps", "1") == 0
+    options = ("--teacher", str(padded), "--save-strategy", "steps", "--save-steps", "1")
+    fails(capsys, train(folder, output, *options, "--vocab-size", "80"), "expected vocab_size in [1, 64]")
+    assert train(folder, output, *options, "--max-steps", "1") == 0
+    assert yaml.safe_load((output / "config.yaml").read_text())["vocab_size"] == 64
+    assert train(folder, output, *options, "--max-steps", "2", "--resume") == 0
+    assert main(["evaluate", "--student", str(output / "student"), "--teacher", str(padded), "--file",
+                 str(folder / "train.jsonl"), "--examples", "4", "--answers", "0"]) == 0  # fmt: skip
 
 
 def test_missing_inputs(folder, tmp_path, capsys):
     fails(capsys, train(folder, tmp_path, "--teacher", "no/such"), "no/such", "Hugging Face id, a local directory")
     fails(capsys, train(folder, tmp_path, "--teacher", "x.gguf"), "x.gguf: expected a GGUF file")
-    fails(capsys, train(folder, tmp_path, "--train-file", "x.jsonl"), "x.jsonl")
+    fails(capsys, train(folder, tmp_path, "--train-data", "x.jsonl"), "x.jsonl")
     fails(capsys, train(folder, tmp_path, "--resume"), "expected a checkpoint to resume from")
     fails(capsys, main(["train", "okd", "--student", "x", "--output-dir", str(tmp_path)]), "pass --teacher")
-    fails(capsys, main(["train", "okd", "--teacher", "x", "--output-dir", str(tmp_path)]), "pass --train-file")
+    fails(capsys, main(["train", "okd", "--teacher", "x", "--output-dir", str(tmp_path)]), "pass --train-data")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -602,7 +606,7 @@ def test_missing_package_names_the_command(monkeypatch, tmp_path, capsys):
 def test_broken_line_names_file_and_line(folder, tmp_path, capsys):
     file = tmp_path / "broken.jsonl"
     file.write_text('{"text": "w2 w3"}\n{"text": \n')
-    fails(capsys, train(folder, tmp_path / "run", "--train-file", str(file)), "broken.jsonl:2")
+    fails(capsys, train(folder, tmp_path / "run", "--train-data", str(file)), "broken.jsonl:2")
 
 
 def test_different_tokenizers(folder, tmp_path, capsys):
@@ -623,7 +627,7 @@ def test_skipped_and_truncated_examples_are_counted_and_named(folder, tmp_path, 
     long = {"id": "long", "prompt": "w2 w3", "completion": " ".join(f"w{2 + i % 50}" for i in range(40))}
     hopeless = {"id": "hopeless", "prompt": " ".join(["w2"] * 30), "completion": "w3"}
     file.write_text("\n".join(json.dumps(e) for e in [*tiny.examples(10), long, hopeless]))
-    options = ("--train-file", str(file), "--max-length", "16", "--max-steps", "1")
+    options = ("--train-data", str(file), "--max-length", "16", "--max-steps", "1")
     assert train(folder, tmp_path / "run", *options) == 0
     printed = capsys.readouterr().out
     assert "truncated 1" in printed and "skipped 1" in printed and "hopeless" in printed

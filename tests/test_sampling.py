@@ -603,7 +603,7 @@ def test_skd_from_the_command_line(tmp_path):
         tiny.tokenizer().save_pretrained(tmp_path / name)
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(e) for e in tiny.examples(40)))
     arguments = ["train", "skd", "--teacher", str(tmp_path / "teacher"), "--student", str(tmp_path / "student")]
-    arguments += ["--train-file", str(tmp_path / "train.jsonl"), "--output-dir", str(tmp_path / "run"), "--use-cpu"]
+    arguments += ["--train-data", str(tmp_path / "train.jsonl"), "--output-dir", str(tmp_path / "run"), "--use-cpu"]
     arguments += ["--max-steps", "8", "--max-new-tokens", "6", "--skd-top-k", "12", "--skd-gamma", "3"]
     arguments += ["--learning-rate", "1e-2", "--eval-answers", "0", "--disable-tqdm", "true", "--online-teacher"]
     assert main(arguments) == 0

@@ -403,7 +403,7 @@ def train(folder, output, method, *options, teachers=("teacher",)):
     sources = [f"{name}{equals}{folder / source}" for name, equals, source in named]
     paths = ("--teachers" if len(sources) > 1 else "--teacher", *sources)
     paths += ("--student", str(folder / "student"), "--output-dir", str(output))
-    data = ("--train-file", str(folder / "train.jsonl"), "--eval-answers", "0", "--max-steps", "4", "--use-cpu")
+    data = ("--train-data", str(folder / "train.jsonl"), "--eval-answers", "0", "--max-steps", "4", "--use-cpu")
     return main(["train", method, *paths, *data, "--disable-tqdm", "true", "--learning-rate", "1e-2", *options])
 
 
@@ -447,7 +447,7 @@ def test_several_teachers_from_the_command_line(folder, tmp_path, capsys):
 def test_named_teachers_teach_the_examples_that_name_them(folder, tmp_path, capsys):
     examples = [{**e, "teacher": ("math", "chat")[i % 2]} for i, e in enumerate(tiny.examples(40))]
     (tmp_path / "routed.jsonl").write_text("\n".join(json.dumps(e) for e in examples))
-    data = ("--train-file", str(tmp_path / "routed.jsonl"))
+    data = ("--train-data", str(tmp_path / "routed.jsonl"))
     named = ("math=teacher", "chat=other")
     assert train(folder, tmp_path / "run", "routed", *data, teachers=named) == 0
     capsys.readouterr()
@@ -467,7 +467,7 @@ def test_tokenizers_of_all_teachers_are_compared(folder, tmp_path, capsys):
 
 def test_the_student_of_a_shared_base_has_no_adapters(folder, tmp_path):
     arguments = ["train", "gated_ensemble", "--teachers", str(folder / "teacher"), str(folder / "a")]
-    arguments += ["--student-layers", "0,2", "--use-cpu", "--train-file", str(folder / "train.jsonl")]
+    arguments += ["--student-layers", "0,2", "--use-cpu", "--train-data", str(folder / "train.jsonl")]
     assert main([*arguments, "--max-steps", "1", "--eval-answers", "0", "--output-dir", str(tmp_path)]) == 0
     student = load_model(str(tmp_path / "student"))
     assert not [n for n, _ in student.named_parameters() if "lora" in n] and student.config.num_hidden_layers == 2
