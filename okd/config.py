@@ -227,14 +227,11 @@ class OKDConfig(
                 f"expected a per_device_train_batch_size of at least 2 rows for method {method.name} to mix; got "
                 f"{self.per_device_train_batch_size}: raise it, and lower gradient_accumulation_steps instead"
             )
-        if self.packing and (
-            method.loss is mixup.mixkd or (self.online and method.online_module in ("prefix", "p_tuning"))
-        ):
-            what = (
-                "whose rows are mixed" if method.loss is mixup.mixkd else f"with online_module={method.online_module}"
-            )
+        prompts = self.online and method.online_module in ("prefix", "p_tuning")
+        if self.packing and (method.loss is mixup.mixkd or prompts):
+            why = f"with online_module={method.online_module}" if prompts else "whose rows are mixed"
             raise ValueError(
-                f"expected packing with rows that may share a line; got method {method.name}, {what}: leave packing out"
+                f"expected packing with rows that may share a line; got method {method.name}, {why}: leave packing out"
             )
         if self.packing and self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             raise ValueError(

@@ -22,6 +22,8 @@ from transformers import DynamicCache
 
 from okd.models import device_of, head_of, hidden_states
 
+# Layers whose cache has a column for each token; that of others is a state that all tokens have gone into.
+COLUMNS = {"full_attention", "sliding_attention", "chunked_attention"}
 ROUND = 4  # tokens that one model writes before the host asks whether all rows have ended
 
 
@@ -68,7 +70,8 @@ class Decoder:
         rollback: `keep` will be called. The cache then holds every token in every layer, sliding windows included.
         device: where tokens are drawn, default: the model's. Hidden states come there, and a copy of the head.
 
-    Raises ValueError for a model with a prefix or a prompt, which PEFT puts in without regard to the cache.
+    Raises ValueError for a model with a prefix or a prompt, which PEFT puts in without regard to the cache; and with
+    `rollback` for one with `recurrent_layers`.
     """
 
     def __init__(self, model: Any, vocab_size: int, rollback: bool = False, device: torch.device | None = None):
@@ -76,6 +79,11 @@ class Decoder:
             raise ValueError(
                 f"expected a model without a prompt of virtual tokens to write or to judge responses; got one with "
                 f"{type(model.active_peft_config).__name__}: use a LoRA (online_module=lora) with this method"
+            )
+        if rollback and (layers := recurrent_layers(model)):
+            raise ValueError(
+                f"expected a model with keys and values of each token, out of whose cache drafts can be taken; got "
+                f"{type(model).__name__} with {', '.join(layers)}: choose a method without drafts, such as gkd"
             )
         self.model, self.vocab_size = model, vocab_size
         self.device = device_of(model) if device is None else device
@@ -110,6 +118,34 @@ class Decoder:
         for layer in self.cache.layers:
             own = index.to(layer.keys.device)
             layer.keys, layer.values = layer.keys.take_along_dim(own, 2), layer.values.take_along_dim(own, 2)
+
+
+def recurrent_layers(model: Any) -> list[str]:
+    """Kinds of its layers whose cache is not a column for each token: Mamba's states, a convolution's window."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - COLUMNS - {"attention"}
+    return sorted(kinds) or ["a recurrent state"] * bool(getattr(model, "_is_stateful", False))
+
+
+@torch.no_grad()
+def check_writing(model: Any, name: str) -> None:
+    """Raise ValueError for a model in evaluation mode whose cached states hang on the padding of its batch."""
+    rows, device = [[2, 3, 4, 5], [3, 4, 5, 2, 3, 4]], next(model.parameters()).device
+
+    def state(rows: Sequence[Sequence[int]]) -> Tensor:  # (D,) of the first row, after a token with its cache
+        width, decoder = max(map(len, rows)), Decoder(model, 1)
+        tokens = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device).bool()
+        decoder.feed(tokens[:, :-1], mask[:, :-1])
+        return decoder.feed(tokens[:, -1:], mask)[0, -1].float()
+
+    alone, beside = state(rows[:1]), state(rows)
+    error = ((beside - alone).norm() / alone.norm()).item()
+    if not error <= (1e-3 if next(model.parameters()).dtype == torch.float32 else 0.03):
+        raise ValueError(
+            f"expected a {name} that writes the same whatever stands beside it in a batch; {type(model).__name__} takes "
+            f"padding for text (its states differ by {100 * error:.2g} %): pass per_device_train_batch_size=1, or choose "
+            "a method that does not sample from it"
+        )
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ def load_models(config: ModelOptions, args: Any, sources: Mapping[str, str]) -> 
     teacher: Any = None
     tokenizer: Any = None
     others, tokenizers = list(sources.values()), list[Any]()
-    of_student, of_teacher = (_load_options(config, role, args.device) for role in ("student", "teacher"))
+    of_student = _load_options(config, "student", args.device)
+    of_teacher = _load_options(config, "teacher", torch.device(args.teacher_device or args.device))
     if others:
         first = others.pop(0)
         tokenizer, teacher = load_tokenizer(first), load_model(first, adapter=_adapter_mode(config), **of_teacher)

@@ -175,36 +175,40 @@ def attach_online_module(teacher: Any, options: Any, modules: Sequence[str] | No
     p-tuning; or a copy of each of the `modules` named, which trains in its place while the original is kept.
     """
     import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, which no adapter touches here
+        return _in_memory(peft.get_peft_model(teacher, online_config(teacher, options, modules)))
+
+
+def online_config(teacher: Any, options: Any, modules: Sequence[str] | None = None) -> Any:
+    """PEFT's configuration of the online module."""
+    import peft
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     kind: str = options.resolved.online_module
-    config: Any
     if modules is not None:
-        config = peft.LoraConfig(
+        return peft.LoraConfig(
             task_type="CAUSAL_LM", target_modules=DUMMY_TARGET_MODULES, modules_to_save=list(modules)
         )
-    elif kind == "prefix":
-        config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.online_virtual_tokens)
-    elif kind == "p_tuning":
-        config = peft.PromptEncoderConfig(
+    if kind == "prefix":
+        return peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.online_virtual_tokens)
+    if kind == "p_tuning":
+        return peft.PromptEncoderConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=options.online_virtual_tokens,
             encoder_hidden_size=teacher.config.get_text_config().hidden_size,
         )
-    else:
-        n_layers = teacher.config.get_text_config().num_hidden_layers
-        first = n_layers - max(1, round(options.online_layers * n_layers))
-        config = peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=options.online_rank,
-            lora_alpha=options.online_rank if options.online_alpha is None else options.online_alpha,
-            lora_dropout=options.online_dropout,
-            layers_to_transform=list(range(first, n_layers)) if first else None,
-            **_targets(teacher, options.online_target_modules),
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, which no adapter touches here
-        return _in_memory(peft.get_peft_model(teacher, config))
+    n_layers = teacher.config.get_text_config().num_hidden_layers
+    first = n_layers - max(1, round(options.online_layers * n_layers))
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.online_rank,
+        lora_alpha=options.online_rank if options.online_alpha is None else options.online_alpha,
+        lora_dropout=options.online_dropout,
+        layers_to_transform=list(range(first, n_layers)) if first else None,
+        **_targets(teacher, options.online_target_modules),
+    )
 
 
 def _in_memory(model: Any) -> Any:

@@ -78,13 +78,10 @@ class StudentTeacher(nn.Module):
         loss: Loss | None = None,  # in place of the method's
     ) -> DistillationLoss:
         totals = Totals.of([batch]) if totals is None else totals
-        learns = self.training and self.student_learns and torch.is_grad_enabled()
-        if learns and self.routers.coefficient:
-            with self.routers.watched(batch["attention_mask"]) as seen:
-                result = (loss or self.loss)(self, batch, totals)
-            result = self.routers.added(result, seen, Totals.of([batch]).tokens / totals.tokens)
-        else:
-            result = (loss or self.loss)(self, batch, totals)
+        chosen: Loss = loss or self.loss
+        if self.routers.coefficient and self.training and self.student_learns and torch.is_grad_enabled():
+            chosen = self.routers.beside(chosen)
+        result = chosen(self, batch, totals)
         if self.is_replicated and torch.is_grad_enabled() and self.training and (idle := self.idle()):
             return result._replace(student=_WithZeros.apply(result.student, *idle))
         return result

@@ -11,12 +11,17 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from okd.data import Batch
+from okd.objectives import Loss, Totals
 from okd_kernels import DistillationLoss
+
+if TYPE_CHECKING:
+    from okd.pair import StudentTeacher
 
 ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]  # of `load_balancing_loss_func`
 
@@ -43,8 +48,28 @@ class Routers:
         self.decoder, self.function = base.get_decoder, function
         self.top_k: Any = getattr(base, "num_experts_per_tok", None) or getattr(config, "num_experts_per_tok", None)
 
+    def beside(self, loss: Loss) -> Loss:
+        """The loss with the router loss added to the student's, by the micro-batch's share of the step's tokens."""
+
+        def both(pair: StudentTeacher, batch: Batch, totals: Totals) -> DistillationLoss:
+            with self._watched(batch["attention_mask"]) as seen:
+                result = loss(pair, batch, totals)
+            balance = torch.stack(seen).mean()
+            if not balance.requires_grad:
+                raise ValueError(
+                    "expected a router loss with a gradient; got none, as nothing trains before the routers, or "
+                    "checkpoints are reentrant: pass gradient_checkpointing_kwargs={'use_reentrant': False}, or "
+                    "router_aux_loss_coef=0"
+                )
+            share = Totals.of([batch]).tokens / totals.tokens
+            n = len(next(iter(result.metrics.values())))
+            metrics = result.metrics | {"router_loss": balance.detach().expand(n)}
+            return result._replace(student=result.student + self.coefficient * share * balance, metrics=metrics)
+
+        return both
+
     @contextmanager
-    def watched(self, mask: Tensor) -> Iterator[list[Tensor]]:
+    def _watched(self, mask: Tensor) -> Iterator[list[Tensor]]:
         """The unweighted losses of the decoder's forward passes with a graph inside, one each.
 
         mask: of a pass whose tokens it has, where the decoder gets none.
@@ -56,11 +81,10 @@ class Routers:
 
         def take(_: Any, args: Any, options: dict[str, Any], output: Any) -> None:
             if torch.is_grad_enabled():
-                gates = output.router_logits
-                given = options.get("attention_mask")
-                at = mask if given is None else given[:, -(len(gates[0]) // len(given)) :]  # without virtual tokens
-                at = at if at.numel() == len(gates[0]) else None
-                found.append(self.function(gates, gates[0].shape[-1], self.top_k, at))
+                gates, given = output.router_logits, options.get("attention_mask")
+                n = len(gates[0])
+                at = mask if given is None else given[:, -(n // len(given)) :]  # without virtual tokens
+                found.append(self.function(gates, gates[0].shape[-1], self.top_k, at if at.numel() == n else None))
 
         hooks = [
             decoder.register_forward_pre_hook(ask, with_kwargs=True),
@@ -71,15 +95,3 @@ class Routers:
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def added(self, loss: DistillationLoss, seen: list[Tensor], share: Any) -> DistillationLoss:
-        """The student's loss with the mean of what was `seen`, by the micro-batch's share of the step's tokens."""
-        balance = torch.stack(seen).mean()
-        if not balance.requires_grad:
-            raise ValueError(
-                "expected a router loss with a gradient; got checkpoints that leave none: pass "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}, or router_aux_loss_coef=0"
-            )
-        n = len(next(iter(loss.metrics.values())))
-        metrics = loss.metrics | {"router_loss": balance.detach().expand(n)}
-        return loss._replace(student=loss.student + self.coefficient * share * balance, metrics=metrics)

@@ -32,6 +32,7 @@ from okd.ensemble import models_of
 from okd.evaluate import evaluate
 from okd.examples import Encoded, Encoder, encoder_options
 from okd.loading import ModelOptions, load_models, teacher_sources
+from okd.models import is_dispatched
 from okd.options import check, option
 from okd.report import format_samples, format_table, plot_curves
 from okd.sources import DataOptions, encode_all, open_all
@@ -62,7 +63,7 @@ FREE_TO_CHANGE = {
     "gradient_checkpointing", "activation_checkpointing", "gradient_checkpointing_kwargs",
     "torch_empty_cache_steps", "report_to", "run_name", "project", "disable_tqdm", "log_level", "logging_dir",
     "logging_first_step", "ddp_backend", "dataloader_num_workers", "dataloader_pin_memory",
-    "dataloader_prefetch_factor", "push_to_hub", "hub_model_id",
+    "dataloader_prefetch_factor", "push_to_hub", "hub_model_id", "teacher_device",
 }  # fmt: skip
 
 
@@ -156,7 +157,7 @@ def _measured(trainer: OKDTrainer, teacher: Any, config: RunConfig, prompts: dic
     """Of the held-out rows; answers stand beside the prompts as the data have them."""
     args, judge = trainer.args, trainer.pair.teacher
     if judge is None and teacher is not None:  # the trainer of a method without a teacher leaves it where it was
-        judge = teacher.to(args.device)
+        judge = teacher if is_dispatched(teacher) else teacher.to(args.teacher_device or args.device)
     rows: Any = trainer.eval_dataset
     with trainer.accelerator.autocast():
         scores, answers = evaluate(

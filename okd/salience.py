@@ -54,6 +54,9 @@ def saliency(student: Any, teacher: Any, args: Any, batches: Sequence[Mapping[st
     lm_head take part: tied, a change there would reach the teacher's inputs too, and the rows of rare tokens would
     always count as idle. One gradient exists at a time: each is used and dropped as backward makes it.
     """
+    for model, device in ((student, args.device), (teacher, args.teacher_device or args.device)):
+        if not is_dispatched(model):  # where the trainer will move it anyway
+            model.to(device)
     decoder = {id(module) for module in teacher.get_decoder().modules()}
     matrices = {
         name: module.weight
@@ -70,9 +73,6 @@ def saliency(student: Any, teacher: Any, args: Any, batches: Sequence[Mapping[st
             "expected a teacher in memory, whose weights are compared by their gradients; got an offloaded one: choose "
             "a device_map of GPUs, or online_module=lora"
         )
-    for model, device in ((student, args.device), (teacher, args.teacher_device or args.device)):
-        if not is_dispatched(model):  # where the trainer will move it anyway
-            model.to(device)
     scores = {name: torch.zeros((), device=weight.device) for name, weight in matrices.items()}
 
     def score(name: str) -> Callable[[Tensor], None]:

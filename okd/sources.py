@@ -125,6 +125,11 @@ def open_all(
     weights, n = config.train_weights, len(config.train_data or ())
     if weights is not None and (len(weights) != n or min(weights) <= 0):
         raise ValueError(f"expected train_weights above 0, one for each of {n} train_data; got {weights}")
+    if config.stream and weights is None and n > 1:
+        raise ValueError(
+            f"expected train_weights with a stream of {n} train_data, which would come one after the other; got none: "
+            "pass the shares in which to draw from them"
+        )
     found = {
         "train": [] if examples is not None else [open_data(s, config.stream) for s in config.train_data or ()],
         "held-out": [open_data(source) for source in config.eval_data or ()],

@@ -89,14 +89,20 @@ def prepare_student(student: Any, options: Any) -> Any:
             "it out to train the adapter that it has, or pass student.merge_and_unload()"
         )
     refuse_injected(student, "student")
-    config = peft.LoraConfig(
+    return _with_named_base(peft.get_peft_model(student, lora_config(student, options)), options)
+
+
+def lora_config(student: Any, options: Any) -> Any:
+    """PEFT's configuration of the student's LoRA."""
+    import peft
+
+    return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=options.student_lora_rank,
         lora_alpha=options.student_lora_rank if options.student_lora_alpha is None else options.student_lora_alpha,
         lora_dropout=options.student_lora_dropout,
         target_modules=_linear_modules(student, options.student_lora_target_modules),
     )
-    return _with_named_base(peft.get_peft_model(student, config), options)
 
 
 def _linear_modules(model: Any, wanted: Sequence[str] | None) -> list[str]:

@@ -91,6 +91,7 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
         checks.check_packed(args, student, teacher)
         given, teacher = teacher, checks.prepare_teacher(teacher, args, student, rows, collator)
         checks.place(teacher, given, args)
+        checks.check_writers(args, student, teacher)
         checks.warn_of_models(student, teacher, args, rows)
         pair = StudentTeacher(student, teacher, args)
         super().__init__(

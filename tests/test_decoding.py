@@ -7,10 +7,21 @@ import pytest
 import tiny
 import torch
 from peft import PrefixTuningConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconH1Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Lfm2Config,
+    LogitsProcessorList,
+    MambaConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3NextConfig,
+)
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from okd import decoding
+from okd import OKDTrainer, decoding
 from okd.data import seed_of
 from okd.decoding import Decoder, Draw, write
 
@@ -377,3 +388,61 @@ def test_refuses_a_prefix_that_the_cache_does_not_know():
     with pytest.raises(ValueError, match=r"without a prompt of virtual tokens.*PrefixTuningConfig: use a LoRA"):
         written(student, teacher, top_k=3)
     assert decoding.Decoder(student, 64).vocab_size == 64
+
+
+# --- layers whose cache is a state
+
+SIZES = {"vocab_size": tiny.VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 1, "eos_token_id": 1}
+MIXED = {**SIZES, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+LINEAR = {f"linear_{name}": 2 if "num" in name else 8
+          for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")}  # fmt: skip
+RECURRENT = {
+    "lfm2": Lfm2Config(**MIXED, layer_types=["conv", "full_attention"]),
+    "qwen3_next": Qwen3NextConfig(
+        **MIXED, **LINEAR, layer_types=["linear_attention", "full_attention"], head_dim=8, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    ),
+    "falcon_h1": FalconH1Config(**MIXED, mamba_d_state=8, mamba_n_heads=4, mamba_d_head=8, mamba_d_ssm=32),
+    "mamba": MambaConfig(**SIZES, state_size=4),
+}  # fmt: skip
+
+
+def recurrent(kind):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(RECURRENT[kind]).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "qwen3_next", "falcon_h1"])
+def test_hybrid_models_write_as_one_token_after_the_other_would(kind):
+    model = recurrent(kind)
+    responses, _ = one_at_a_time(model)
+    assert written(model).responses == responses
+
+
+def trainer(tmp_path, student, teacher=None, **options):
+    teacher = tiny.llama(seed=1) if teacher is None else teacher
+    args = tiny.config(tmp_path, max_steps=1, **options)
+    return OKDTrainer(student, teacher, args, tiny.examples(4), processing_class=tiny.tokenizer())
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_drafts_of_recurrent_models_are_refused_before_training(tmp_path, kind):
+    found = {"lfm2": "conv", "qwen3_next": "linear_attention", "falcon_h1": "hybrid", "mamba": ""}[kind]
+    expected = f"keys and values of each token, .* got .* with {found}.*: choose a method without drafts, such as gkd"
+    for models in ((recurrent(kind), None), (tiny.llama(), recurrent(kind))):
+        with pytest.raises(ValueError, match=expected):
+            trainer(tmp_path, *models, method="skd")
+
+
+def test_recurrent_models_are_sampled_from_where_padding_changes_nothing(tmp_path):
+    trainer(tmp_path, recurrent("lfm2"), method="gkd", student_share=1.0).train()
+    with pytest.raises(ValueError, match="MambaForCausalLM takes padding for text .*: pass per_device_train_batch_size=1"):
+        trainer(tmp_path, recurrent("mamba"), method="gkd")
+    alone = {"per_device_train_batch_size": 1, "student_share": 1.0}
+    trainer(tmp_path, recurrent("mamba"), method="gkd", **alone).train()
+    trainer(tmp_path, tiny.llama(), recurrent("mamba"), method="gkd")  # which only reads
+    trainer(tmp_path, recurrent("mamba"), method="forward_kd")

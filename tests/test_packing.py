@@ -140,7 +140,7 @@ def test_a_model_that_looks_across_rows_is_refused(build, tmp_path):
     torch.manual_seed(0)
     model = build()
     options = {"train_dataset": tiny.examples(), "processing_class": tiny.tokenizer()}
-    with pytest.raises(ValueError, match="expected a student whose attention stays within.*group_by_length"):
+    with pytest.raises(ValueError, match=r"expected a student whose attention stays within.*group_by_length"):
         OKDTrainer(model, None, tiny.config(tmp_path, method="sft", packing=True), **options)
     with pytest.raises(ValueError, match="expected a teacher whose attention stays within"):
         args = tiny.config(tmp_path, method="forward_kd", packing=True, vocab_size=64)

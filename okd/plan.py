@@ -1,0 +1,452 @@
+"""What a run needs, from shapes alone: memory by part and the work of a step, before any weight is loaded.
+
+Memory has two peaks, of which the higher counts: at the end of the forward pass, whose activations wait, and at the
+optimizer's step, when all gradients are there. Between them activations go as gradients come.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from okd import mixup, sampling
+from okd.ensemble import named_sources
+from okd.loading import _given_options
+from okd.models import find_device, is_adapter, keep_layers, parse_layers
+from okd.online import online_config
+from okd.shapes import Trace, read_config, skeleton, trace
+from okd.student import lora_config
+from okd_kernels import has_fast_gemm
+from okd_kernels.call import chunk_workspace
+from okd_kernels.gemms import chunk_rows, row_stride
+from okd_kernels.torch_block import BUFFERS, buffer_width
+from okd_kernels.torch_rows import block_rows
+
+logger = logging.get_logger(__name__)
+GIB = 2**30
+CONTEXT = 600 << 20  # what CUDA and cuBLAS take of a GPU
+BITS = {"4bit": 4.127, "8bit": 8.0}  # a weight: nf4 with its doubly quantised scales; int8
+STATES = (  # bytes of the optimizer's states for each trainable weight, None: two of its dtype, by the name's beginning
+    ("adamw_torch_8bit", 2.0), ("adamw_torch_4bit", 1.0), ("adamw_torch", None), ("adamw_apex", None),
+    ("adamw_8bit", 2.0), ("adamw_bnb_8bit", 2.0), ("paged_adamw_8bit", 2.0), ("paged_adamw", None),
+    ("lion_8bit", 1.0), ("paged_lion_8bit", 1.0), ("lion", 4.0), ("paged_lion", 4.0),
+    ("sgd", 0.0), ("adafactor", 0.0), ("adagrad", 4.0), ("rmsprop_bnb_8bit", 1.0), ("rmsprop", 4.0),
+)  # fmt: skip
+
+
+class Part(NamedTuple):
+    """Bytes of one thing on one device."""
+
+    name: str
+    forward: float  # at the end of the forward pass
+    update: float  # at the optimizer's step
+    is_certain: bool = True  # of shapes alone; else an estimate
+
+
+@dataclass
+class Plan:
+    """Memory and work of each process of a run, which has its own device; as DDP has them, where there are several.
+
+    Attributes:
+        parts, elsewhere: on the device, and on another one (`teacher_device`).
+        flops: of one optimizer step; attention_flops: those of them that grow with the square of the length.
+        parameters: how many, by model, and how many of them train.
+        tokens: of one optimizer step, in rows of full length, all of which are taken to be response tokens.
+        dtype: of the products; shape: (rows, inner, columns) of a typical one.
+    """
+
+    device: torch.device
+    devices: int
+    dtype: torch.dtype
+    tokens: int = 0
+    shape: tuple[int, int, int] = (1024, 1024, 1024)
+    parts: list[Part] = field(default_factory=list)
+    elsewhere: list[Part] = field(default_factory=list)
+    flops: dict[str, float] = field(default_factory=dict)
+    attention_flops: float = 0.0
+    parameters: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the higher of the two peaks."""
+        return max(sum(part.forward for part in self.parts), sum(part.update for part in self.parts))
+
+    @property
+    def certain(self) -> float:
+        """The same of the parts that no estimate enters."""
+        parts = [part for part in self.parts if part.is_certain]
+        return max(sum(part.forward for part in parts), sum(part.update for part in parts))
+
+    def table(self, memory: float | None = None, tflops: float | None = None) -> str:
+        """As text. memory: bytes of a device; tflops: 1e12 FLOPs a second that a device does."""
+        count = {name: f"{n:,}" for name, n in self.parameters.items()}
+        lines = [f"{name:<30}{n:>14} parameters" for name, n in count.items()]
+        lines += ["", f"{f'GiB on each device ({self.device.type})':<34}{'forward':>10}{'update':>10}"]
+        lines += [_row(part.name, part) for part in self.parts]
+        total = Part("sum", *(sum(part[i] for part in self.parts) for i in (1, 2)))  # type: ignore[misc]
+        of = "" if memory is None else f"   of {memory / GIB:.2f}: {'fits' if self.peak <= memory else 'does not fit'}"
+        lines.append(_row(total.name, total) + of)
+        lines += [_row(part.name, part) + "   (not in the sum)" for part in self.elsewhere]
+        if self.flops:
+            lines += ["", f"{'TFLOP of a step on each device':<34}"]
+            lines += [f"{name:<34}{x / 1e12:>10.3g}" for name, x in self.flops.items()]
+            lines.append(f"{'sum':<34}{self.work / 1e12:>10.3g}   {self._speed(tflops)}")
+            lines.append(f"{'of it attention (T^2)':<34}{self.attention_flops / 1e12:>10.3g}")
+        return "\n".join([*lines, *(f"* {note}" for note in self.notes)])
+
+    @property
+    def work(self) -> float:
+        """FLOPs of an optimizer step."""
+        return sum(self.flops.values())
+
+    def seconds(self, tflops: float) -> float:
+        """Of an optimizer step whose products run at 1e12 `tflops` FLOPs a second, and nothing else takes time."""
+        return self.work / (tflops * 1e12)
+
+    def _speed(self, tflops: float | None) -> str:
+        if tflops is None:
+            return "pass --tflops for its time"
+        seconds = self.seconds(tflops)
+        return f"at {tflops:.3g} TFLOP/s: {seconds:.3g} s a step, {self.devices * self.tokens / seconds:,.0f} tokens/s"
+
+
+def _row(name: str, part: Part) -> str:
+    return f"{name:<34}{part.forward / GIB:>10.2f}{part.update / GIB:>10.2f}"
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes of a GPU, or of the machine's memory."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
+def check_fits(plan: Plan, available: float) -> None:
+    """Raise ValueError where even what is certain exceeds so many bytes; warn where the estimate does."""
+    advice = "lower --per-device-train-batch-size or --max-length, or pass --gradient-checkpointing"
+    if plan.certain > available:
+        raise ValueError(
+            f"expected at least {plan.certain / GIB:.1f} GiB on each device, without any activations; got "
+            f"{available / GIB:.1f}: train a LoRA (--student-lora-rank), quantise or move the teacher "
+            f"(--teacher-quantization, --teacher-device), or choose smaller models\n{plan.table(available)}"
+        )
+    if plan.peak > available:
+        logger.warning(
+            f"expected about {plan.peak / GIB:.1f} GiB on each device; got {available / GIB:.1f}: where rows are as "
+            f"long as max_length this will not fit: {advice}"
+        )
+
+
+def measured_tflops(plan: Plan) -> float | None:
+    """1e12 FLOPs a second of a product as the plan has them, on this machine's device; None where that is another."""
+    if plan.device.type == "cuda" and not torch.cuda.is_available():
+        return None
+    rows, inner, columns = plan.shape
+    a, b = (torch.randn(shape, device=plan.device).to(plan.dtype) for shape in ((rows, inner), (inner, columns)))
+    seconds = []
+    while len(seconds) < 8 and sum(seconds) < 1.0:
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * rows * inner * columns / statistics.median(seconds[1:] or seconds) / 1e12
+
+
+def plan(config: Any, args: Any, device: str | torch.device | None = None, devices: int | None = None) -> Plan:
+    """Of a run with these `RunConfig` and `OKDConfig`. device: cpu or cuda; devices: how many; by default as `args` say.
+
+    Raises ValueError and FileNotFoundError for models that are not there. What cannot be built without weights is
+    counted from the configuration's numbers, and noted.
+    """
+    return _Planner(config, args, torch.device(device or args.device), devices or args.world_size).plan()
+
+
+class _Model(NamedTuple):
+    """One side: its skeleton (None: unknown architecture), what its weights take, and what trains in it."""
+
+    skeleton: Any
+    config: Any
+    n: int  # parameters
+    bytes: float
+    trainable: int
+    trainable_bytes: float
+    trace: Trace | None
+    head: tuple[int, int]  # (V, D)
+    head_dtype: torch.dtype
+
+
+class _Planner:
+    """One plan in the making."""
+
+    def __init__(self, config: Any, args: Any, device: torch.device, devices: int):
+        self.config, self.args, self.method, self.device = config, args, args.resolved, device
+        self.autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        rows = 2 if self.method.responses is sampling.paired or self.method.loss is mixup.mixkd else 1
+        self.batch, self.length = rows * args.per_device_train_batch_size, args.max_length
+        self.n, self.steps = self.batch * self.length, args.gradient_accumulation_steps
+        self.result = Plan(device, devices, self.autocast or torch.float32)
+        self.notes = self.result.notes
+
+    def plan(self) -> Plan:
+        config, args, result = self.config, self.args, self.result
+        given = [config.teacher] if config.teacher is not None else config.teachers or []
+        sources = [source for source in named_sources(given).values() if not is_adapter(source) or len(given) == 1]
+        if len(sources) < len(given):
+            self.notes.append("adapters of further teachers are not counted")
+        teachers = [self._teacher(source) for source in sources]
+        student = self._student(config.student or sources[0])
+        result.tokens = self.n * self.steps
+        d, wide = student.config.hidden_size, getattr(student.config, "intermediate_size", None)
+        result.shape = (self.n, d, wide if isinstance(wide, int) else 4 * d)
+        result.parameters = {"student": student.n, "student, that train": student.trainable}
+        result.parameters |= {f"teacher{_number(i, teachers)}": t.n - t.trainable for i, t in enumerate(teachers)}
+        self._count_student(student)
+        for i, teacher in enumerate(teachers):
+            self._count_teacher(teacher, _number(i, teachers), student)
+        if args.self_teacher == "average":
+            result.parts.append(Part("averaged self-teacher", student.trainable_bytes, student.trainable_bytes))
+        self._count_loss(student, teachers)
+        self._count_the_rest(student, teachers)
+        return result
+
+    # --- the models
+
+    def _teacher(self, source: str) -> _Model:
+        model, config, dtype = self._built("teacher", source)
+        trainable = None
+        if self.args.online and model is not None:
+            if self.method.online_module == "non_salient":
+                trainable = self._least_salient(model)
+            else:
+                model = self._adapted("online module", model, lambda: online_config(model, self.args))
+        elif model is not None:
+            model.requires_grad_(False)
+        if not self.args.online:
+            trainable = 0
+        return self._measured("teacher", model, config, dtype, trainable)
+
+    def _least_salient(self, model: Any) -> int:
+        """CLDA's weights are chosen by data: until then all that it chooses from have gradients."""
+        linear = [m.weight for m in model.get_decoder().modules() if isinstance(m, nn.Linear | Conv1D)]
+        model.requires_grad_(False)
+        for weight in linear:
+            weight.requires_grad_()
+        self.notes.append("the teacher's least salient weights are not known yet: counted as if spread over all layers")
+        return round(self.args.clda_share * sum(weight.numel() for weight in linear))
+
+    def _student(self, source: str) -> _Model:
+        model, config, dtype = self._built("student", source)
+        if model is not None and self.args.student_lora_rank is not None:
+            model = self._adapted("student's LoRA", model, lambda: lora_config(model, self.args))
+        elif is_adapter(source) and self.config.student_layers is None:
+            self.notes.append("the student's own adapter is not counted: it is taken to train as a whole")
+        return self._measured("student", None if model is None else model.train(), config, dtype)
+
+    def _adapted(self, what: str, model: Any, config: Any) -> Any:
+        import peft
+
+        try:
+            with torch.device("meta"):
+                return peft.get_peft_model(model, config())
+        except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+            self.notes.append(f"the {what} is not counted: it could not be built without weights ({_line(error)})")
+            return model.requires_grad_(False)
+
+    def _built(self, role: str, source: str) -> tuple[Any, Any, torch.dtype]:
+        """(skeleton or None, configuration of its text, dtype of the weights)."""
+        given = _given_options(self.config, role)
+        config = read_config(source, **{name: given[name] for name in ("revision", "subfolder") if name in given})
+        dtype = self._dtype(role, config, given)
+        attention = given.get("attn_implementation", self.config.attn_implementation)
+        if getattr(config, "quantization_config", None) is not None:
+            self.notes.append(f"the {role} was saved quantised: its weights are counted as {dtype}")
+        try:
+            model = skeleton(config, dtype, attention)
+            if role == "student" and self.config.student_layers is not None:
+                layers = parse_layers(self.config.student_layers, config.get_text_config().num_hidden_layers)
+                model = keep_layers(model, layers)
+            return model, model.config.get_text_config(), dtype
+        except (RuntimeError, NotImplementedError, AttributeError, TypeError, KeyError, ImportError) as error:
+            self.notes.append(f"the {role} could not be built without weights ({_line(error)}): a rough count instead")
+            return None, config.get_text_config(), dtype
+
+    def _dtype(self, role: str, config: Any, given: Mapping[str, Any]) -> torch.dtype:
+        name = given.get("dtype", getattr(self.config, f"{role}_dtype") or self.config.dtype)
+        if name != "auto":
+            return getattr(torch, name)
+        saved = getattr(config, "dtype", None) or torch.float32
+        trains = role == "student" and self.args.student_lora_rank is None
+        return torch.float32 if trains or not has_fast_gemm(saved, self.device) else saved
+
+    def _measured(self, role: str, model: Any, config: Any, dtype: torch.dtype, trainable: int | None = None) -> _Model:
+        """trainable: how many parameters train, and in fp32; None: as the skeleton says."""
+        if model is None:
+            n, head, found = _rough_count(config), (config.vocab_size, config.hidden_size), None
+            trains = trainable if trainable is not None else n if role == "student" else 0
+            return _Model(None, config, n, n * dtype.itemsize, trains, trains * 4, found, head, dtype)
+        bits, n_bytes = BITS.get(getattr(self.config, f"{role}_quantization") or ""), 0.0
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        quantised = {id(m.weight) for m in base.get_decoder().modules() if bits and isinstance(m, nn.Linear)}
+        training = [p for p in model.parameters() if p.requires_grad]
+        adapter = hasattr(model, "peft_config")
+        of_adapter = {id(p) for p in training} if adapter else set()
+        for p in model.parameters():
+            if id(p) not in of_adapter:
+                n_bytes += p.numel() * (bits / 8 if bits and id(p) in quantised else p.element_size())
+        # PEFT keeps adapters of 16-bit models in fp32
+        of_training = sum(p.numel() * (4 if adapter else p.element_size()) for p in training)
+        n = sum(p.numel() for p in model.parameters())
+        if trainable is not None:
+            training, of_training, n = training[:0], trainable * 4, n + trainable
+        weight = base.get_output_embeddings().weight
+        count = trainable if trainable is not None else sum(p.numel() for p in training)
+        return _Model(
+            model, config, n, n_bytes, count, of_training, self._traced(role, model), tuple(weight.shape), weight.dtype
+        )
+
+    def _traced(self, role: str, model: Any) -> Trace | None:
+        learns = any(p.requires_grad for p in model.parameters())
+        batch = self.batch if role == "student" or self.method.needs_teacher else 0
+        if not batch:
+            return None
+        try:
+            with torch.set_grad_enabled(learns):
+                return trace(model, batch, self.length, self.autocast)
+        except Exception as error:
+            self.notes.append(f"the {role}'s activations and FLOPs are not known ({_line(error)})")
+            return None
+
+    # --- what they take
+
+    def _states(self, model: _Model) -> float:
+        name = str(getattr(self.args.optim, "value", self.args.optim))
+        found = next((x for x in STATES if name.startswith(x[0])), None)
+        note = f"the optimizer {name} is counted as AdamW"
+        if found is None and note not in self.notes:
+            self.notes.append(note)
+        per_weight = None if found is None else found[1]
+        return 2 * model.trainable_bytes if per_weight is None else per_weight * model.trainable
+
+    def _add(self, name: str, forward: float, update: float | None = None, is_certain: bool = True) -> None:
+        if forward or update:
+            self.result.parts.append(Part(name, forward, forward if update is None else update, is_certain))
+
+    def _count_student(self, student: _Model) -> None:
+        frozen = hasattr(student.skeleton, "peft_config")
+        gradients, earlier = student.trainable_bytes, self.steps > 1  # those of earlier micro-batches wait
+        self._add("student weights", student.bytes)
+        self._add("student LoRA" if frozen else "", student.trainable_bytes if frozen else 0)
+        self._add("student gradients", gradients if earlier else 0, gradients)
+        self._add("student optimizer states", self._states(student))
+        self._count_pass("student", student.trace, True)
+
+    def _count_teacher(self, teacher: _Model, number: str, student: _Model) -> None:
+        place = self.args.teacher_device
+        part, module = Part(f"teacher{number} weights", teacher.bytes, teacher.bytes), teacher.trainable_bytes
+        if place is not None and find_device(place) != self.device:
+            self.result.elsewhere.append(part._replace(name=f"{part.name} ({place})"))
+            copy = teacher.head[0] * teacher.head[1] * teacher.head_dtype.itemsize
+            self._add(f"copy of the teacher{number}'s head", copy)
+        else:
+            self.result.parts.append(part)
+        if module:
+            held = module + self._states(teacher)
+            self._add("online module, its states", held + (module if self.steps > 1 else 0), held + module)
+            self.result.parameters["teacher's online module"] = teacher.trainable
+        if self.method.needs_teacher:
+            self._count_pass(f"teacher{number}", teacher.trace, teacher.trainable > 0)
+
+    def _count_pass(self, name: str, found: Trace | None, learns: bool) -> None:
+        if found is None:
+            return
+        flops, steps, saved, again = self.result.flops, self.steps, found.saved, 0.0
+        dtype = str(self.autocast).removeprefix("torch.")
+        if learns and self.args.gradient_checkpointing:
+            saved, again = found.checkpointed()
+        self._add(f"{name} activations", saved, 0, is_certain=False)
+        self._add(f"{name} weights in {dtype}", found.copies, 0)
+        flops[f"{name} forward"] = steps * found.forward
+        if learns:
+            flops[f"{name} backward"] = steps * found.backward
+        if again:
+            flops[f"{name} recomputation"] = steps * again
+        self.result.attention_flops += steps * found.attention
+
+    def _count_loss(self, student: _Model, teachers: list[_Model]) -> None:
+        """As `okd_kernels` allocates: two chunk buffers, gradients of hidden rows, dW of the student's head in fp32."""
+        used = teachers if self.method.needs_teacher else []
+        v = self.args.vocab_size or min(model.head[0] for model in (student, *used))
+        n, itemsize = self.n, 4
+        chunk = chunk_rows(n, 2 * v * itemsize, chunk_workspace(None, self.device), self.device)
+        buffers = 2 * chunk * row_stride(v) * itemsize
+        if self.device.type != "cuda":
+            rows = min(chunk, block_rows(buffer_width(v), self.device))
+            buffers += BUFFERS * rows * buffer_width(v) * itemsize
+        rows_bytes = sum(_width(model) for model in (student, *used)) + _width(student)
+        rows_bytes += sum(_width(model) for model in used if model.trainable)
+        head, trains = student.head[0] * student.head[1], student.trainable and not hasattr(student.skeleton, "peft_config")
+        gradient = 4 * head if trains else 0
+        tied = bool(getattr(student.config, "tie_word_embeddings", False))
+        casts = 0
+        if self.autocast is not None:
+            casts = sum(
+                model.head[0] * model.head[1] * 2 for model in (student, *used) if model.head_dtype != self.autocast
+            )
+        self._add("loss: chunk buffers", buffers, buffers if self.device.type == "cpu" else 0)
+        self._add("loss: hidden rows, gradients", n * rows_bytes, 0)
+        self._add("loss: head's gradient", gradient, gradient if tied or self.steps > 1 else 0)
+        self._add("loss: heads in 16 bit", casts, 0)
+        per_student, per_teacher = (2.0 * n * v * self.steps * sum(m.head[1] for m in x) for x in ([student], used))
+        flops = self.result.flops
+        flops["heads forward"] = per_student + per_teacher
+        learning = sum(2.0 * n * v * self.steps * m.head[1] for m in used if m.trainable)
+        flops["heads backward"] = per_student * (2 if trains else 1) + learning
+
+    def _count_the_rest(self, student: _Model, teachers: list[_Model]) -> None:
+        if self.result.devices > 1:
+            self._add("DDP's buckets", sum(model.trainable_bytes for model in (student, *teachers)))
+            self.notes.append("each device holds all of it (DDP); FSDP and DeepSpeed, which shard it, are not planned")
+        if self.device.type == "cuda":
+            self._add("CUDA", CONTEXT, is_certain=False)
+        else:
+            self._add("Python and libraries", psutil.Process().memory_info().rss, is_certain=False)
+        if self.method.responses is not sampling.dataset:
+            self.notes.append("writing responses is neither in the step's work nor in the memory (a KV cache)")
+        if len(teachers) > 1 and self.method.is_routed:
+            self.notes.append("each example has one of the teachers: their forward passes share the rows")
+        self.notes.append(
+            f"rows of {self.length} tokens, all of which are learned: shorter ones, and prompts, take less"
+        )
+
+
+def _width(model: _Model) -> int:
+    """Bytes of a hidden row."""
+    return model.head[1] * (model.head_dtype.itemsize if model.trace is None else model.trace.hidden.element_size())
+
+
+def _number(i: int, of: list[Any]) -> str:
+    return f" {i + 1}" if len(of) > 1 else ""
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+
+
+def _rough_count(config: Any) -> int:
+    """Parameters of a decoder with gated MLPs, by the usual numbers of its configuration."""
+    d, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    heads = config.num_attention_heads
+    kv = getattr(config, "num_key_value_heads", None) or heads
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    layer = 2 * d * d * (1 + kv / heads) + 3 * d * inner * experts
+    tied = getattr(config, "tie_word_embeddings", False)
+    return round(config.num_hidden_layers * layer + config.vocab_size * d * (1 if tied else 2))

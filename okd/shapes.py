@@ -1,0 +1,227 @@
+"""Models as shapes: built on the meta device without weights, and what a pass through them saves and computes.
+
+What autograd saves is what it says it saves (`saved_tensors_hooks`), of any architecture. Two things are put in the
+meta device's place: fused attention, which saves no T x T scores, and autocast, which the meta device does not have.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from okd.models import _from_pretrained, _locate, adapter_base, hidden_states, is_adapter
+
+# its numbers' types and formats; 8 is text, 9 an array
+GGUF_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+PRODUCTS: dict[Any, tuple[int, int]] = {  # and which of their arguments are the factors
+    F.linear: (0, 1),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm), (0, 1)),
+    **dict.fromkeys((torch.addmm, torch.baddbmm), (1, 2)),
+    **{getattr(F, name): (0, 1) for name in ("grouped_mm",) if hasattr(F, name)},
+}
+WIDE = {F.layer_norm, F.softmax, torch.softmax, Tensor.softmax}  # what autocast does in fp32
+
+
+def read_config(source: str, **options: Any) -> Any:
+    """The configuration of a model; of an adapter's directory, its base's. Raises as `load_model` does."""
+    if is_adapter(source):
+        return read_config(adapter_base(source), **options)
+    location = _locate(source)
+    if "gguf_file" in location:
+        try:
+            return _gguf_config(Path(location["pretrained_model_name_or_path"]) / location["gguf_file"])
+        except (KeyError, ValueError, TypeError, struct.error):
+            pass
+    return _from_pretrained(AutoConfig, source, **options)
+
+
+def _gguf_config(path: Path) -> Any:
+    """By the file's header alone: transformers' reader takes seconds for the vocabulary."""
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    with path.open("rb") as file:
+        values, tensors = _gguf_header(file)
+    kind = values["general.architecture"]
+    names = {ours: f"{kind}.{theirs}" for theirs, ours in GGUF_CONFIG_MAPPING[kind].items() if ours}
+    found = {"vocab_size": len(values["tokenizer.ggml.tokens"])}
+    found |= {ours: values[name] for ours, name in names.items() if name in values}
+    return AutoConfig.for_model(kind, **found, tie_word_embeddings="output.weight" not in tensors)
+
+
+def _gguf_header(file: BinaryIO) -> tuple[dict[str, Any], set[str]]:
+    """Metadata, and names of the tensors."""
+
+    def numbers(format: str) -> tuple[Any, ...]:
+        return struct.unpack(f"<{format}", file.read(struct.calcsize(f"<{format}")))
+
+    def text() -> str:
+        return file.read(*numbers("Q")).decode()
+
+    def value(kind: int) -> Any:
+        if kind == 8:
+            return text()
+        if kind != 9:
+            return numbers(GGUF_FORMATS[kind])[0]
+        of, n = numbers("IQ")
+        return [text() for _ in range(n)] if of == 8 else list(numbers(f"{n}{GGUF_FORMATS[of]}"))
+
+    _, _, n_tensors, n_values = numbers("IIQQ")
+    values, tensors = {}, set()
+    for _ in range(n_values):
+        name = text()
+        values[name] = value(*numbers("I"))
+    for _ in range(n_tensors):
+        tensors.add(text())
+        numbers(f"{numbers('I')[0]}QIQ")  # extents, type, offset
+    return values, tensors
+
+
+def skeleton(config: Any, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
+    """The causal LM without its weights. Fused attentions, which are not installed everywhere, are all sdpa here."""
+    chosen = "eager" if attn_implementation == "eager" else "sdpa"
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=chosen)
+        except (ValueError, ImportError):  # it has no sdpa
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+class Layer(NamedTuple):
+    """A layer that gradient checkpointing would run again."""
+
+    input: int  # bytes
+    saved: int  # bytes that autograd saves inside; 0 without a graph
+    flops: float  # of its forward pass
+
+
+class Trace(NamedTuple):
+    """A pass through the decoder: FLOPs, two for each multiplication and addition, and bytes."""
+
+    forward: float
+    backward: float  # of the gradients that are wanted
+    attention: float  # of the T^2 products in both
+    saved: int  # what autograd saves, without weights and their copies
+    copies: int  # of weights, which autocast keeps until the forward pass ends
+    layers: list[Layer]
+    hidden: Tensor  # (B, T, D), on the meta device
+
+    def checkpointed(self) -> tuple[int, float]:
+        """Bytes that are saved with gradient checkpointing, one layer's at a time beside all inputs; FLOPs it adds."""
+        layers = [layer for layer in self.layers if layer.saved]
+        kept = self.saved - sum(x.saved for x in layers) + sum(x.input for x in layers)
+        return kept + max((x.saved for x in layers), default=0), sum(x.flops for x in layers)
+
+
+def trace(model: Any, batch: int, length: int, autocast: torch.dtype | None = None) -> Trace:
+    """Of rows of full length, as they come from the collator. Raises where the model's code looks at values."""
+    meter, layers = _Meter(autocast), list[Layer]()
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    storages: dict[int, Any] = {}
+
+    def save(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in weights and storage._cdata not in meter.copies:
+            storages.setdefault(storage._cdata, storage)
+        return x
+
+    def saved() -> int:
+        return sum(storage.nbytes() for storage in storages.values())
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append((args[0] if args else kwargs["hidden_states"], saved(), meter.forward))
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        x, before, flops = entered.pop()
+        layers.append(Layer(x.numel() * x.element_size(), saved() - before, meter.forward - flops))
+
+    entered: list[tuple[Tensor, int, float]] = []
+    handles: list[Any] = []
+    for module in (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)):
+        handles += module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)
+    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    try:
+        with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(save, lambda x: x), meter:
+            hidden = hidden_states(model, ids, torch.ones_like(ids))
+    finally:
+        for handle in handles:
+            handle.remove()
+    copies = sum(x.numel() * x.element_size() for x in meter.kept.values())
+    return Trace(meter.forward, meter.backward, meter.attention, saved(), copies, layers, hidden)
+
+
+class _Attention(torch.autograd.Function):
+    """What fused attention saves: its operands, its result, and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # (B, H, T, D)
+        b, h, t, _ = query.shape
+        out = query.new_empty(b, t, h, value.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(b, h, t, dtype=torch.float32))
+        return out
+
+
+class _Meter(TorchFunctionMode):
+    """Counts the products that a model's code asks for, and casts their operands as autocast would."""
+
+    def __init__(self, autocast: torch.dtype | None):
+        super().__init__()
+        self.autocast, self.forward, self.backward, self.attention = autocast, 0.0, 0.0, 0.0
+        self.kept: dict[int, Tensor] = {}  # casts of trainable weights, by the weight
+        self.copies: set[int] = set()  # storages of all weights' casts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.__bool__:  # is every token there, does every row begin at 0: yes
+            return True
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*map(self._cast, args[:3] or (kwargs[x] for x in ("query", "key", "value"))))
+        if func in PRODUCTS:
+            return self._multiply(func, args, kwargs)
+        if func in WIDE and self.autocast is not None:
+            args = [x.float() if isinstance(x, Tensor) else x for x in args]
+        return func(*args, **kwargs)
+
+    def _cast(self, x: Any) -> Any:
+        if self.autocast is None or not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == self.autocast:
+            return x
+        if not isinstance(x, nn.Parameter):
+            return x.to(self.autocast)
+        if id(x) in self.kept:
+            return self.kept[id(x)]
+        copy = x.to(self.autocast)
+        self.copies.add(copy.untyped_storage()._cdata)
+        if x.requires_grad:
+            self.kept[id(x)] = copy
+        return copy
+
+    def _count(self, flops: float, gradients: float, is_attention: bool) -> None:
+        self.forward += flops
+        self.backward += gradients * flops
+        self.attention += (1 + gradients) * flops if is_attention else 0
+
+    def _multiply(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        given = [self._cast(x) for x in args]
+        out = func(*given, **kwargs)
+        a, b = (given[i] if i < len(given) else kwargs[("input", "weight")[i]] for i in PRODUCTS[func])
+        weighted = any(isinstance(args[i], nn.Parameter) for i in PRODUCTS[func] if i < len(args))
+        gradients = a.requires_grad + b.requires_grad if torch.is_grad_enabled() else 0
+        self._count(2.0 * out.numel() * a.shape[-1], gradients, not weighted and b.dim() > 2)
+        return out
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        pairs = query.shape[:-1].numel() * key.shape[-2]
+        # Its backward pass makes the scores anew: five products for two.
+        self._count(2.0 * pairs * (query.shape[-1] + value.shape[-1]), 2.5 if learns else 0, True)
+        return _Attention.apply(query, key, value)
