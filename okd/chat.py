@@ -9,6 +9,9 @@ generation prompt, and the token that ends the turn. What a template puts there 
 3. Else (templates that drop the thoughts of earlier turns, as Qwen3's and R1's) each turn is a row of its own, rendered
    as the model meets it at generation: its prefix with the generation prompt, and the turn.
 4. Turns that do not begin with their own prompt even so are left out, and counted.
+
+Where a tokenizer would merge the end of a prompt with the turn (a space with the next word), the text is tokenised in
+two, as it is at generation.
 """
 
 from __future__ import annotations
@@ -16,9 +19,13 @@ from __future__ import annotations
 import datetime
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from okd.options import option
 
@@ -35,6 +42,7 @@ NOW = """{%- macro strftime_now(format) -%}
 {%- endmacro %}
 """
 DIRECTIVES = [f"%{letter}" for letter in "aAbBdHIjmMpSUwWyY"]
+PROMPT_END = 32  # characters of a prompt by whose tokens it is known
 MARKED = re.compile(r"\{%-?\s*generation\b")
 APART, THOUGHTLESS, LOST = (
     "with turns as rows of their own, as the template rewrites earlier ones",
@@ -95,6 +103,7 @@ class Template:
         self.now = NOW.replace("DATE", json.dumps(date | {"%-d": str(int(date["%d"])), "%-m": str(int(date["%m"]))}))
         self.ends = {*ends, tokenizer.eos_token_id} - {None}
         self.is_marked = bool(MARKED.search(str(tokenizer.chat_template)))
+        self._endings: dict[str, list[int]] = {}
 
     def _options(self, tools: Any) -> dict[str, Any]:
         source = self.tokenizer.get_chat_template(None, tools)
@@ -147,29 +156,69 @@ class Template:
     def _tokens(
         self, text: str, spans: Sequence[tuple[int, int]], messages: Sequence[Mapping[str, Any]], tools: Any
     ) -> tuple[list[int], list[int]]:
-        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = tokens["input_ids"]
+        return self._closed(*self._labelled(text, spans), messages, tools)
+
+    def _labelled(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """Tokens, and those of them that begin within the spans."""
+        ids, offsets = self._cut(text)
+        cuts = [first for first, last in spans if first < last and self._merges(text, first, ids, offsets)]
+        if cuts:
+            ids, offsets = [], []
+            for start, end in pairwise([0, *cuts, len(text)]):
+                part, places = self._cut(text[start:end], goes_on=start > 0)
+                ids += part
+                offsets += [(start + a, start + b) for a, b in places]
         labels = [
             # `first < end`: some tokenizers trim a space before the turn to an empty range, where the turn begins
             token if any(first <= start < last and first < end for first, last in spans) else IGNORE
-            for token, (start, end) in zip(ids, tokens["offset_mapping"], strict=True)
+            for token, (start, end) in zip(ids, offsets, strict=True)
         ]
-        return self._closed(ids, labels, messages, tools)
+        return ids, labels
+
+    def _cut(self, text: str, goes_on: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens and where they lie. `goes_on`: after other text, where SentencePiece puts no space before it."""
+        before = "\n" if goes_on else ""
+        tokens = self.tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
+        n = len(first := self.tokenizer(before, add_special_tokens=False)["input_ids"] if goes_on else [])
+        if ids[:n] != first:  # merged with it: a tokenizer that has newlines in its words puts no space there
+            return self._cut(text)
+        return ids[n:], [(max(a - len(before), 0), b - len(before)) for a, b in offsets[n:]]
+
+    def _merges(self, text: str, first: int, ids: list[int], offsets: list[tuple[int, int]]) -> bool:
+        """Whether the tokens before `first` are others than those of a prompt that ends there, by its last two."""
+        prompt = self._ending(text[max(0, first - PROMPT_END) : first])
+        n = bisect_right(offsets, first, key=lambda place: place[1])
+        return ids[max(0, n - len(prompt)) : n] != prompt
+
+    def _ending(self, text: str) -> list[int]:
+        """Its last two tokens. Most prompts end alike."""
+        if text not in self._endings:
+            if len(self._endings) == 1000:
+                self._endings.clear()
+            self._endings[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"][-2:]
+        return self._endings[text]
 
     def _by_marks(
         self, messages: Sequence[Mapping[str, Any]], tools: Any, turns: Sequence[int], trained: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        conversation: Any = list(messages)
-        options: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        tokens: Any = self.tokenizer.apply_chat_template(conversation, **options, **self._options(tools))
-        ids, mask = list(tokens["input_ids"]), list(tokens["assistant_masks"])
-        labels, turn = [], -1
-        for i, (token, marked) in enumerate(zip(ids, mask, strict=True)):
-            turn += bool(marked and (i == 0 or not mask[i - 1]))
-            labels.append(token if marked and (turn >= len(turns) or turns[turn] in trained) else IGNORE)
+        text, spans = self._marks(messages, tools)
+        if len(trained) < len(turns):  # a turn may have several marks, or none
+            starts = [len(self._marks(messages[:i], tools)[1]) for i in turns]
+            ends = [*starts[1:], len(spans)]
+            spans = [s for i, a, b in zip(turns, starts, ends, strict=True) if i in trained for s in spans[a:b]]
+        ids, labels = self._labelled(text, spans)
         if self.ends.intersection(labels):  # the marks know where a turn ends, of which they may make several pieces
             return ids, labels
         return self._closed(ids, labels, messages, tools)
+
+    def _marks(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[str, list[tuple[int, int]]]:
+        """Text, and where `{% generation %}` marks it."""
+        render: Any = render_jinja_template  # whose annotation is another
+        options = {**self.tokenizer.special_tokens_map, **self._options(tools)}
+        conversations: Any = [list(messages)]
+        texts, marks = render(conversations, return_assistant_tokens_mask=True, **options)
+        return texts[0], marks[0]
 
     def _closed(
         self, ids: list[int], labels: list[int], messages: Sequence[Mapping[str, Any]], tools: Any

@@ -396,6 +396,11 @@ def refuse_sharded(trainer: Any, resuming: bool) -> None:
             "expected whole models on each process to resume; got FSDP's shards: start anew from the checkpoint's "
             "student and adapter, or use DDP"
         )
+    if args.student_save == "merged" and trainer.is_sharded:
+        raise ValueError(
+            "expected whole models on each process to merge the student's LoRA; got sharded ones: leave student_save "
+            "out, and merge the saved adapter"
+        )
     if not trainer.sampler.is_idle and trainer.is_sharded:
         raise ValueError(
             f"expected whole models on each process with method {args.resolved.name}, which samples responses of "

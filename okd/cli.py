@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+BAD_SHARE = 0.01  # of the examples of okd evaluate may be none
 DEMO_LAYERS = "0-9,20-29"  # of SmolLM2's 30; starts closer to the teacher than evenly spaced layers
 # transformers' options worth a line of help; the others work too
 SHOWN = {
@@ -211,12 +212,15 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> None:
+    import torch
+
     from okd.plan import available_memory, measured_tflops, plan
 
     for name in ("gpus", "memory", "tflops"):
         if getattr(options, name) is not None and not getattr(options, name) > 0:
             raise ValueError(f"expected --{name} above 0; got {getattr(options, name)}")
-    config, args = parse_train(rest)
+    elsewhere = options.gpus is not None and not torch.cuda.is_available()
+    config, args = parse_train([*rest, "--use-cpu"] if elsewhere else rest)  # else no --bf16 without a GPU here
     found = plan(config, args, None if options.gpus is None else "cuda", options.gpus)
     memory = available_memory(found.device) if options.memory is None else options.memory * 2**30
     print(found.table(memory, measured_tflops(found) if options.tflops is None else options.tflops))
@@ -249,7 +253,10 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", help="the same; without it, perplexity and ROUGE-L only")
     parser.add_argument("--device", help="cpu, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument("--teacher-device", help="where the teacher is computed (default: with the student)")
-    parser.add_argument("--file", required=True, help="JSON lines with messages, prompt + completion, or text")
+    parser.add_argument(
+        "--data", "--file", dest="data", required=True, help="held-out examples, as --train-data of okd train"
+    )
+    parser.add_argument("--data-columns", nargs="+", help="our names of fields and theirs, as for okd train")
     parser.add_argument("--examples", type=int, help="measure the first so many (default: all)")
     parser.add_argument("--answers", type=int, default=32, help="prompts answered for ROUGE-L (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
@@ -269,20 +276,25 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     from okd.checks import shared_vocab_size
     from okd.evaluate import evaluate
-    from okd.examples import encode, read_jsonl
+    from okd.examples import Encoded, Encoder
     from okd.exposure import answerable_prompts, exposure_bias
     from okd.models import check_tokenizers, load_tokenizer
+    from okd.sources import DataOptions, open_data
 
     if options.exposure_bias is not None and options.teacher is None:
         raise ValueError("expected a teacher to measure exposure bias against; got none: pass --teacher")
     if options.exposure_bias is not None and options.exposure_bias < 1:
         raise ValueError(f"expected --exposure-bias of at least 1 prompt; got {options.exposure_bias}")
-    examples = read_jsonl(options.file)[: options.examples]
+    name, examples = open_data(options.data)
+    if options.examples is not None:
+        examples = examples.take(options.examples)
     tokenizer = load_tokenizer(options.student)
     if options.teacher is not None:
         teacher_tokenizer = load_tokenizer(options.teacher)
         check_tokenizers(tokenizer, teacher_tokenizer, options.vocab_size)
-    encoded = encode(examples, tokenizer, max_length=options.max_length, **_encoding(options, options.student))
+    columns, chat = DataOptions(data_columns=options.data_columns).columns, _encoding(options, options.student)
+    encoder = Encoder(tokenizer, max_length=options.max_length, columns=columns, **chat)
+    encoded = Encoded.of(encoder.map(examples, name), BAD_SHARE)
     print(encoded.summary(), file=sys.stderr)
     if options.exposure_bias is not None:
         answerable_prompts(encoded.rows)  # raises before anything takes time

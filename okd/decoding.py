@@ -129,7 +129,7 @@ def recurrent_layers(model: Any) -> list[str]:
 @torch.no_grad()
 def check_writing(model: Any, name: str) -> None:
     """Raise ValueError for a model in evaluation mode whose cached states hang on the padding of its batch."""
-    rows, device = [[2, 3, 4, 5], [3, 4, 5, 2, 3, 4]], next(model.parameters()).device
+    rows, device = [[2, 3, 4, 5], [3, 4, 5, 2, 3, 4]], device_of(model)
 
     def state(rows: Sequence[Sequence[int]]) -> Tensor:  # (D,) of the first row, after a token with its cache
         width, decoder = max(map(len, rows)), Decoder(model, 1)
@@ -142,9 +142,9 @@ def check_writing(model: Any, name: str) -> None:
     error = ((beside - alone).norm() / alone.norm()).item()
     if not error <= (1e-3 if next(model.parameters()).dtype == torch.float32 else 0.03):
         raise ValueError(
-            f"expected a {name} that writes the same whatever stands beside it in a batch; {type(model).__name__} takes "
-            f"padding for text (its states differ by {100 * error:.2g} %): pass per_device_train_batch_size=1, or choose "
-            "a method that does not sample from it"
+            f"expected a {name} that writes the same whatever stands beside it in a batch; {type(model).__name__} takes"
+            f" padding for text (its states differ by {100 * error:.2g} %): pass per_device_train_batch_size=1, or "
+            "choose a method that does not sample from it"
         )
 
 

@@ -220,9 +220,9 @@ def _in_memory(model: Any) -> Any:
 
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and any(p.is_meta for p in layer.lora_A.parameters()):
-            device = layer.get_base_layer()._hf_hook.execution_device
+            base: Any = layer.get_base_layer()
             for weights in (layer.lora_A, layer.lora_B):
-                weights.to_empty(device=device)
+                weights.to_empty(device=base._hf_hook.execution_device)
             for name in layer.lora_A:
                 layer.reset_lora_parameters(name, True)
     offloaded = [name for name, p in model.named_parameters() if p.requires_grad and p.is_meta]

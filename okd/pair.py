@@ -50,6 +50,10 @@ class StudentTeacher(nn.Module):
         if method.selection is not None and teacher is not None:
             width = student.config.get_text_config().hidden_size
             self.selection = method.selection(width, teacher.widths(), options)
+        # DDP sends the first rank's weights to the others, but cannot send torchao's, which all have loaded alike
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, p in self.named_parameters() if hasattr(p, "__tensor_flatten__") and not p.requires_grad
+        ]
 
     def at(self, step: int, max_steps: int) -> None:
         """Set who learns at a step of the training. Where they alternate, the student has the even steps.

@@ -6,8 +6,7 @@ optimizer's step, when all gradients are there. Between them activations go as g
 
 from __future__ import annotations
 
-import statistics
-import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,11 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from okd import mixup, sampling
-from okd.ensemble import named_sources
-from okd.loading import _given_options
+from okd.loading import _given_options, teacher_sources
 from okd.models import find_device, is_adapter, keep_layers, parse_layers
 from okd.online import online_config
-from okd.shapes import Trace, read_config, skeleton, trace
+from okd.shapes import Trace, read_config, skeleton, time_layer, trace
 from okd.student import lora_config
 from okd_kernels import has_fast_gemm
 from okd_kernels.call import chunk_workspace
@@ -49,7 +47,7 @@ class Part(NamedTuple):
     name: str
     forward: float  # at the end of the forward pass
     update: float  # at the optimizer's step
-    is_certain: bool = True  # of shapes alone; else an estimate
+    is_certain: bool = True  # whatever the rows are; else for rows of full length, or an estimate
 
 
 @dataclass
@@ -61,14 +59,15 @@ class Plan:
         flops: of one optimizer step; attention_flops: those of them that grow with the square of the length.
         parameters: how many, by model, and how many of them train.
         tokens: of one optimizer step, in rows of full length, all of which are taken to be response tokens.
-        dtype: of the products; shape: (rows, inner, columns) of a typical one.
+        layer: configuration of one of the student's layers; rows: (B, T); autocast: dtype of the products, or None.
     """
 
     device: torch.device
     devices: int
-    dtype: torch.dtype
+    autocast: torch.dtype | None
+    rows: tuple[int, int]
+    layer: Any = None
     tokens: int = 0
-    shape: tuple[int, int, int] = (1024, 1024, 1024)
     parts: list[Part] = field(default_factory=list)
     elsewhere: list[Part] = field(default_factory=list)
     flops: dict[str, float] = field(default_factory=dict)
@@ -83,7 +82,7 @@ class Plan:
 
     @property
     def certain(self) -> float:
-        """The same of the parts that no estimate enters."""
+        """The same of the parts that do not hang on the rows."""
         parts = [part for part in self.parts if part.is_certain]
         return max(sum(part.forward for part in parts), sum(part.update for part in parts))
 
@@ -93,7 +92,7 @@ class Plan:
         lines = [f"{name:<30}{n:>14} parameters" for name, n in count.items()]
         lines += ["", f"{f'GiB on each device ({self.device.type})':<34}{'forward':>10}{'update':>10}"]
         lines += [_row(part.name, part) for part in self.parts]
-        total = Part("sum", *(sum(part[i] for part in self.parts) for i in (1, 2)))  # type: ignore[misc]
+        total = Part("sum", sum(part.forward for part in self.parts), sum(part.update for part in self.parts))
         of = "" if memory is None else f"   of {memory / GIB:.2f}: {'fits' if self.peak <= memory else 'does not fit'}"
         lines.append(_row(total.name, total) + of)
         lines += [_row(part.name, part) + "   (not in the sum)" for part in self.elsewhere]
@@ -136,7 +135,7 @@ def check_fits(plan: Plan, available: float) -> None:
     advice = "lower --per-device-train-batch-size or --max-length, or pass --gradient-checkpointing"
     if plan.certain > available:
         raise ValueError(
-            f"expected at least {plan.certain / GIB:.1f} GiB on each device, without any activations; got "
+            f"expected at least {plan.certain / GIB:.1f} GiB on each device, without activations; got "
             f"{available / GIB:.1f}: train a LoRA (--student-lora-rank), quantise or move the teacher "
             f"(--teacher-quantization, --teacher-device), or choose smaller models\n{plan.table(available)}"
         )
@@ -148,21 +147,23 @@ def check_fits(plan: Plan, available: float) -> None:
 
 
 def measured_tflops(plan: Plan) -> float | None:
-    """1e12 FLOPs a second of a product as the plan has them, on this machine's device; None where that is another."""
-    if plan.device.type == "cuda" and not torch.cuda.is_available():
+    """1e12 FLOPs a second of one of the student's layers, forward and backward, on this machine's device.
+
+    Norms, activations and attention's softmax are in that, which take as long as the products on a CPU. None where the
+    plan is for another device, or the layer cannot be made.
+    """
+    if plan.layer is None or (plan.device.type == "cuda" and not torch.cuda.is_available()):
         return None
-    rows, inner, columns = plan.shape
-    a, b = (torch.randn(shape, device=plan.device).to(plan.dtype) for shape in ((rows, inner), (inner, columns)))
-    seconds = []
-    while len(seconds) < 8 and sum(seconds) < 1.0:
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for a GPU
-        seconds.append(time.perf_counter() - start)
-    return 2 * rows * inner * columns / statistics.median(seconds[1:] or seconds) / 1e12
+    try:
+        work, seconds = time_layer(plan.layer, *plan.rows, plan.device, plan.autocast)
+    except Exception as error:  # whatever a model's code asks of its configuration
+        logger.warning(f"expected a layer to time; got none: pass --tflops ({_line(error)})")
+        return None
+    return work / seconds / 1e12
 
 
 def plan(config: Any, args: Any, device: str | torch.device | None = None, devices: int | None = None) -> Plan:
-    """Of a run with these `RunConfig` and `OKDConfig`. device: cpu or cuda; devices: how many; by default as `args` say.
+    """Of a run with these `RunConfig` and `OKDConfig`. device: cpu or cuda; devices: how many; default: as `args` say.
 
     Raises ValueError and FileNotFoundError for models that are not there. What cannot be built without weights is
     counted from the configuration's numbers, and noted.
@@ -193,27 +194,27 @@ class _Planner:
         rows = 2 if self.method.responses is sampling.paired or self.method.loss is mixup.mixkd else 1
         self.batch, self.length = rows * args.per_device_train_batch_size, args.max_length
         self.n, self.steps = self.batch * self.length, args.gradient_accumulation_steps
-        self.result = Plan(device, devices, self.autocast or torch.float32)
+        self.result = Plan(device, devices, self.autocast, (self.batch, self.length))
         self.notes = self.result.notes
 
     def plan(self) -> Plan:
-        config, args, result = self.config, self.args, self.result
-        given = [config.teacher] if config.teacher is not None else config.teachers or []
-        sources = [source for source in named_sources(given).values() if not is_adapter(source) or len(given) == 1]
+        args, result, given = self.args, self.result, list(teacher_sources(self.config, self.args).values())
+        sources = [source for i, source in enumerate(given) if i == 0 or not is_adapter(source)]
         if len(sources) < len(given):
             self.notes.append("adapters of further teachers are not counted")
         teachers = [self._teacher(source) for source in sources]
-        student = self._student(config.student or sources[0])
+        student = self._student(self.config.student or sources[0])
         result.tokens = self.n * self.steps
-        d, wide = student.config.hidden_size, getattr(student.config, "intermediate_size", None)
-        result.shape = (self.n, d, wide if isinstance(wide, int) else 4 * d)
+        result.layer = student.config
         result.parameters = {"student": student.n, "student, that train": student.trainable}
         result.parameters |= {f"teacher{_number(i, teachers)}": t.n - t.trainable for i, t in enumerate(teachers)}
         self._count_student(student)
         for i, teacher in enumerate(teachers):
-            self._count_teacher(teacher, _number(i, teachers), student)
+            self._count_teacher(teacher, _number(i, teachers))
         if args.self_teacher == "average":
-            result.parts.append(Part("averaged self-teacher", student.trainable_bytes, student.trainable_bytes))
+            self._add("averaged self-teacher", student.trainable_bytes)
+        if args.self_teacher is not None and student.trace is not None:
+            result.flops["self-teacher forward"] = self.steps * student.trace.forward
         self._count_loss(student, teachers)
         self._count_the_rest(student, teachers)
         return result
@@ -240,7 +241,7 @@ class _Planner:
         model.requires_grad_(False)
         for weight in linear:
             weight.requires_grad_()
-        self.notes.append("the teacher's least salient weights are not known yet: counted as if spread over all layers")
+        self.notes.append("which of the teacher's weights are least salient is not known yet: its graph is all layers'")
         return round(self.args.clda_share * sum(weight.numel() for weight in linear))
 
     def _student(self, source: str) -> _Model:
@@ -255,7 +256,8 @@ class _Planner:
         import peft
 
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 return peft.get_peft_model(model, config())
         except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
             self.notes.append(f"the {what} is not counted: it could not be built without weights ({_line(error)})")
@@ -290,28 +292,22 @@ class _Planner:
     def _measured(self, role: str, model: Any, config: Any, dtype: torch.dtype, trainable: int | None = None) -> _Model:
         """trainable: how many parameters train, and in fp32; None: as the skeleton says."""
         if model is None:
-            n, head, found = _rough_count(config), (config.vocab_size, config.hidden_size), None
-            trains = trainable if trainable is not None else n if role == "student" else 0
-            return _Model(None, config, n, n * dtype.itemsize, trains, trains * 4, found, head, dtype)
-        bits, n_bytes = BITS.get(getattr(self.config, f"{role}_quantization") or ""), 0.0
+            n, shape = _rough_count(config), (config.vocab_size, config.hidden_size)
+            trains = n if role == "student" else 0
+            return _Model(None, config, n, n * dtype.itemsize, trains, trains * 4, None, shape, dtype)
+        bits = BITS.get(getattr(self.config, f"{role}_quantization") or "")
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        quantised = {id(m.weight) for m in base.get_decoder().modules() if bits and isinstance(m, nn.Linear)}
+        linear = {id(m.weight) for m in base.get_decoder().modules() if isinstance(m, nn.Linear)}
         training = [p for p in model.parameters() if p.requires_grad]
-        adapter = hasattr(model, "peft_config")
-        of_adapter = {id(p) for p in training} if adapter else set()
-        for p in model.parameters():
-            if id(p) not in of_adapter:
-                n_bytes += p.numel() * (bits / 8 if bits and id(p) in quantised else p.element_size())
-        # PEFT keeps adapters of 16-bit models in fp32
-        of_training = sum(p.numel() * (4 if adapter else p.element_size()) for p in training)
-        n = sum(p.numel() for p in model.parameters())
-        if trainable is not None:
-            training, of_training, n = training[:0], trainable * 4, n + trainable
-        weight = base.get_output_embeddings().weight
-        count = trainable if trainable is not None else sum(p.numel() for p in training)
-        return _Model(
-            model, config, n, n_bytes, count, of_training, self._traced(role, model), tuple(weight.shape), weight.dtype
-        )
+        weights = [p for p in model.parameters() if not (p.requires_grad and hasattr(model, "peft_config"))]
+        n_bytes = sum(p.numel() * (bits / 8 if bits and id(p) in linear else p.element_size()) for p in weights)
+        n, head = sum(p.numel() for p in model.parameters()), base.get_output_embeddings().weight
+        if trainable is None:
+            trains, of_training = sum(p.numel() for p in training), sum(p.numel() * p.element_size() for p in training)
+        else:
+            n, trains, of_training = n + trainable, trainable, trainable * 4
+        found = self._traced(role, model)
+        return _Model(model, config, n, n_bytes, trains, of_training, found, tuple(head.shape), head.dtype)
 
     def _traced(self, role: str, model: Any) -> Trace | None:
         learns = any(p.requires_grad for p in model.parameters())
@@ -342,14 +338,15 @@ class _Planner:
 
     def _count_student(self, student: _Model) -> None:
         frozen = hasattr(student.skeleton, "peft_config")
-        gradients, earlier = student.trainable_bytes, self.steps > 1  # those of earlier micro-batches wait
+        gradients = student.trainable_bytes
         self._add("student weights", student.bytes)
-        self._add("student LoRA" if frozen else "", student.trainable_bytes if frozen else 0)
-        self._add("student gradients", gradients if earlier else 0, gradients)
+        if frozen:
+            self._add("student LoRA", student.trainable_bytes)
+        self._add("student gradients", gradients if self.steps > 1 else 0, gradients)  # of earlier micro-batches
         self._add("student optimizer states", self._states(student))
         self._count_pass("student", student.trace, True)
 
-    def _count_teacher(self, teacher: _Model, number: str, student: _Model) -> None:
+    def _count_teacher(self, teacher: _Model, number: str) -> None:
         place = self.args.teacher_device
         part, module = Part(f"teacher{number} weights", teacher.bytes, teacher.bytes), teacher.trainable_bytes
         if place is not None and find_device(place) != self.device:
@@ -383,33 +380,25 @@ class _Planner:
 
     def _count_loss(self, student: _Model, teachers: list[_Model]) -> None:
         """As `okd_kernels` allocates: two chunk buffers, gradients of hidden rows, dW of the student's head in fp32."""
-        used = teachers if self.method.needs_teacher else []
-        v = self.args.vocab_size or min(model.head[0] for model in (student, *used))
-        n, itemsize = self.n, 4
-        chunk = chunk_rows(n, 2 * v * itemsize, chunk_workspace(None, self.device), self.device)
-        buffers = 2 * chunk * row_stride(v) * itemsize
+        used = (teachers or [student]) if self.method.needs_teacher else []  # without a teacher: itself
+        models, n, flops = [student, *used], self.n, self.result.flops
+        v = self.args.vocab_size or min(model.head[0] for model in models)
+        chunk = chunk_rows(n, 2 * v * 4, chunk_workspace(None, self.device), self.device)
+        buffers = 2 * chunk * row_stride(v) * 4
         if self.device.type != "cuda":
-            rows = min(chunk, block_rows(buffer_width(v), self.device))
-            buffers += BUFFERS * rows * buffer_width(v) * itemsize
-        rows_bytes = sum(_width(model) for model in (student, *used)) + _width(student)
-        rows_bytes += sum(_width(model) for model in used if model.trainable)
-        head, trains = student.head[0] * student.head[1], student.trainable and not hasattr(student.skeleton, "peft_config")
-        gradient = 4 * head if trains else 0
-        tied = bool(getattr(student.config, "tie_word_embeddings", False))
-        casts = 0
-        if self.autocast is not None:
-            casts = sum(
-                model.head[0] * model.head[1] * 2 for model in (student, *used) if model.head_dtype != self.autocast
-            )
-        self._add("loss: chunk buffers", buffers, buffers if self.device.type == "cpu" else 0)
-        self._add("loss: hidden rows, gradients", n * rows_bytes, 0)
-        self._add("loss: head's gradient", gradient, gradient if tied or self.steps > 1 else 0)
-        self._add("loss: heads in 16 bit", casts, 0)
-        per_student, per_teacher = (2.0 * n * v * self.steps * sum(m.head[1] for m in x) for x in ([student], used))
-        flops = self.result.flops
-        flops["heads forward"] = per_student + per_teacher
-        learning = sum(2.0 * n * v * self.steps * m.head[1] for m in used if m.trainable)
-        flops["heads backward"] = per_student * (2 if trains else 1) + learning
+            buffers += BUFFERS * min(chunk, block_rows(buffer_width(v), self.device)) * buffer_width(v) * 4
+        learning = [student, *(teacher for teacher in teachers if teacher.trainable)]
+        trains = student.trainable > 0 and not hasattr(student.skeleton, "peft_config")
+        gradient = 4 * student.head[0] * student.head[1] if trains else 0
+        twice = self.steps > 1 or getattr(student.config, "tie_word_embeddings", False)  # beside another one's
+        narrow = [m for m in models if self.autocast not in (None, m.head_dtype)]
+        self._add("loss: chunk buffers", buffers, buffers if self.device.type == "cpu" else 0, is_certain=False)
+        self._add("loss: hidden rows, gradients", n * sum(map(_width, models + learning)), 0, is_certain=False)
+        self._add("loss: head's gradient", gradient, gradient if twice else 0)
+        self._add("loss: heads in 16 bit", sum(2 * m.head[0] * m.head[1] for m in narrow), 0)
+        per_width = 2.0 * n * v * self.steps
+        flops["heads forward"] = per_width * sum(m.head[1] for m in models)
+        flops["heads backward"] = per_width * (sum(m.head[1] for m in learning) + (student.head[1] if trains else 0))
 
     def _count_the_rest(self, student: _Model, teachers: list[_Model]) -> None:
         if self.result.devices > 1:

@@ -36,11 +36,11 @@ class Routers:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         config = base.config.get_text_config()
         files = (sys.modules[cls.__module__] for cls in type(base).__mro__)  # a subclass may stand elsewhere
-        function = next((f for file in files if (f := getattr(file, "load_balancing_loss_func", None))), None)
+        function: Any = next((f for file in files if (f := getattr(file, "load_balancing_loss_func", None))), None)
         known = function is not None and list(inspect.signature(function).parameters) == ARGUMENTS
         if coefficient and not known:
             raise ValueError(
-                f"expected router_aux_loss_coef with a student whose modelling file has a load_balancing_loss_func; got "
+                "expected router_aux_loss_coef with a student whose modelling file has a load_balancing_loss_func; got "
                 f"{coefficient} with {type(base).__name__}: leave it out"
             )
         own = getattr(config, "router_aux_loss_coef", None)
@@ -54,7 +54,9 @@ class Routers:
         def both(pair: StudentTeacher, batch: Batch, totals: Totals) -> DistillationLoss:
             with self._watched(batch["attention_mask"]) as seen:
                 result = loss(pair, batch, totals)
-            balance = torch.stack(seen).mean()
+            if not seen:  # no layer of it has a router
+                return result
+            balance = torch.stack(seen).mean().to(result.student.device)
             if not balance.requires_grad:
                 raise ValueError(
                     "expected a router loss with a gradient; got none, as nothing trains before the routers, or "
@@ -80,8 +82,8 @@ class Routers:
             return args, {**options, "output_router_logits": True} if torch.is_grad_enabled() else options
 
         def take(_: Any, args: Any, options: dict[str, Any], output: Any) -> None:
-            if torch.is_grad_enabled():
-                gates, given = output.router_logits, options.get("attention_mask")
+            gates, given = getattr(output, "router_logits", None), options.get("attention_mask")
+            if torch.is_grad_enabled() and gates:
                 n = len(gates[0])
                 at = mask if given is None else given[:, -(n // len(given)) :]  # without virtual tokens
                 found.append(self.function(gates, gates[0].shape[-1], self.top_k, at if at.numel() == n else None))

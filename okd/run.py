@@ -64,6 +64,7 @@ FREE_TO_CHANGE = {
     "torch_empty_cache_steps", "report_to", "run_name", "project", "disable_tqdm", "log_level", "logging_dir",
     "logging_first_step", "ddp_backend", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_prefetch_factor", "push_to_hub", "hub_model_id", "teacher_device",
+    "student_save", "save_dtype",
 }  # fmt: skip
 
 

@@ -1,12 +1,15 @@
 """Models as shapes: built on the meta device without weights, and what a pass through them saves and computes.
 
-What autograd saves is what it says it saves (`saved_tensors_hooks`), of any architecture. Two things are put in the
-meta device's place: fused attention, which saves no T x T scores, and autocast, which the meta device does not have.
+What autograd saves is what it says it saves (`saved_tensors_hooks`), of any architecture. What the meta device does not
+have stands here: fused attention, which saves no T x T scores, products grouped by experts, and autocast.
 """
 
 from __future__ import annotations
 
+import copy
+import statistics
 import struct
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +28,13 @@ from okd.models import _from_pretrained, _locate, adapter_base, hidden_states, i
 GGUF_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 PRODUCTS: dict[Any, tuple[int, int]] = {  # and which of their arguments are the factors
     F.linear: (0, 1),
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm), (0, 1)),
+    **dict.fromkeys(
+        (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm), (0, 1)
+    ),
     **dict.fromkeys((torch.addmm, torch.baddbmm), (1, 2)),
-    **{getattr(F, name): (0, 1) for name in ("grouped_mm",) if hasattr(F, name)},
 }
+GROUPED = {getattr(module, name, None) for module, name in ((F, "grouped_mm"), (torch, "_grouped_mm"))}
+TIMED = 2e10  # FLOPs, a few tenths of a second of a CPU
 WIDE = {F.layer_norm, F.softmax, torch.softmax, Tensor.softmax}  # what autocast does in fp32
 
 
@@ -52,7 +58,8 @@ def _gguf_config(path: Path) -> Any:
     with path.open("rb") as file:
         values, tensors = _gguf_header(file)
     kind = values["general.architecture"]
-    names = {ours: f"{kind}.{theirs}" for theirs, ours in GGUF_CONFIG_MAPPING[kind].items() if ours}
+    mapping: Any = GGUF_CONFIG_MAPPING[kind]
+    names = {ours: f"{kind}.{theirs}" for theirs, ours in mapping.items() if ours}
     found = {"vocab_size": len(values["tokenizer.ggml.tokens"])}
     found |= {ours: values[name] for ours, name in names.items() if name in values}
     return AutoConfig.for_model(kind, **found, tie_word_embeddings="output.weight" not in tensors)
@@ -160,14 +167,37 @@ def trace(model: Any, batch: int, length: int, autocast: torch.dtype | None = No
     return Trace(meter.forward, meter.backward, meter.attention, saved(), copies, layers, hidden)
 
 
-class _Attention(torch.autograd.Function):
-    """What fused attention saves: its operands, its result, and a number a row."""
+def time_layer(
+    config: Any, batch: int, length: int, device: torch.device, autocast: torch.dtype | None = None
+) -> tuple[float, float]:
+    """FLOPs and seconds of a decoder's first layer, forward and backward in fp32 or autocast; on a CPU of few rows."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 8, None
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    of_row = trace(skeleton(config, torch.float32).train(), 1, length, autocast)
+    work = of_row.forward + of_row.backward
+    batch = batch if device.type != "cpu" else max(1, min(batch, round(TIMED / work)))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+    ids, seconds = torch.zeros(batch, length, dtype=torch.long, device=device), []
+    for _ in range(4):
+        start = time.perf_counter()
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            total = hidden_states(model, ids, torch.ones_like(ids)).float().sum()
+        total.backward()
+        next(model.parameters()).grad.sum().item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return batch * work, statistics.median(seconds[1:])
+
+
+class _Kernel(torch.autograd.Function):
+    """What a fused operation saves: its operands, its result, and, with rows, a number for each of these."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # (B, H, T, D)
-        b, h, t, _ = query.shape
-        out = query.new_empty(b, t, h, value.shape[-1]).transpose(1, 2)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(b, h, t, dtype=torch.float32))
+    def forward(ctx: Any, out: Tensor, rows: tuple[int, ...] | None, *operands: Tensor) -> Tensor:
+        numbers = [] if rows is None else [out.new_empty(rows, dtype=torch.float32)]
+        ctx.mark_dirty(out)
+        ctx.save_for_backward(*operands, *numbers, *([out] if numbers else []))
         return out
 
 
@@ -186,6 +216,8 @@ class _Meter(TorchFunctionMode):
             return True
         if func is F.scaled_dot_product_attention:
             return self._attend(*map(self._cast, args[:3] or (kwargs[x] for x in ("query", "key", "value"))))
+        if func in GROUPED:
+            return self._group(*args[:2])
         if func in PRODUCTS:
             return self._multiply(func, args, kwargs)
         if func in WIDE and self.autocast is not None:
@@ -219,9 +251,14 @@ class _Meter(TorchFunctionMode):
         self._count(2.0 * out.numel() * a.shape[-1], gradients, not weighted and b.dim() > 2)
         return out
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-        pairs = query.shape[:-1].numel() * key.shape[-2]
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # (B, H, T, D) each
+        (b, h, t, d), width = query.shape, value.shape[-1]
         # Its backward pass makes the scores anew: five products for two.
-        self._count(2.0 * pairs * (query.shape[-1] + value.shape[-1]), 2.5 if learns else 0, True)
-        return _Attention.apply(query, key, value)
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        self._count(2.0 * b * h * t * key.shape[-2] * (d + width), 2.5 if learns else 0, True)
+        return _Kernel.apply(query.new_empty(b, t, h, width).transpose(1, 2), (b, h, t), query, key, value)
+
+    def _group(self, rows: Tensor, weight: Tensor) -> Tensor:  # (N, D), (experts, D, D'); no autocast
+        gradients = rows.requires_grad + weight.requires_grad if torch.is_grad_enabled() else 0
+        self._count(2.0 * len(rows) * weight[0].numel(), gradients, False)
+        return _Kernel.apply(rows.new_empty(len(rows), weight.shape[-1]), None, rows, weight)

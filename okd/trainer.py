@@ -52,6 +52,8 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
             this machine. Only compared: both must map the same tokens to the same ids, below `vocab_size`, which is set
             to the ids that both share where their heads are padded differently.
 
+    With `student_lora_rank` the student gets its LoRA here, in place, unless it is a PEFT model already.
+
     It saves the student (plain `from_pretrained` loads it) and the teacher's adapter, and resumes from checkpoints.
 
     Raises:

@@ -7,13 +7,14 @@ import pytest
 import tiny
 from peft import LoraConfig, get_peft_model
 from test_data import CHATML, DEFAULT_SYSTEM, assistant, make_tokenizer, tokens_of, user
-from transformers import AutoModelForCausalLM, GenerationConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from okd import OKDConfig, OKDTrainer
 from okd.answers import end_tokens
 from okd.chat import APART, LOST, THOUGHTLESS, Template
 from okd.ensemble import models_of
-from okd.examples import encode, encoding_options
+from okd.examples import encode, encoder_options
 from okd.models import stop_tokens
 
 # Drops the thoughts of turns before the last question, and puts an empty one before a later turn that has none.
@@ -121,7 +122,7 @@ def test_todays_date_is_pinned(tmp_path):
     (row,) = encode([example], tokenizer, max_length=500).rows
     assert "Today: 01 Jan 2025" in tokenizer.decode(row["input_ids"])
     for date, said in (("2026-11-29", "29 Nov 2026"), ("2024-02-29", "29 Feb 2024")):
-        options = encoding_options(OKDConfig(output_dir=str(tmp_path), use_cpu=True, chat_date=date))
+        options = encoder_options(OKDConfig(output_dir=str(tmp_path), use_cpu=True, chat_date=date))
         day = LLAMA3.replace("date_string", "day")
         in_a_macro = "{%- macro say(form) %}{{ strftime_now(form) }}{% endmacro %}" + day.replace("strftime_now", "say")
         for template in (LLAMA3, day, in_a_macro):  # by its variable, or by strftime_now
@@ -172,6 +173,73 @@ def test_marks_of_the_template_say_what_is_trained(end):
         pieces += [(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", False)]
         pieces += [(f"{answer}<|im_end|>", trained), ("\n", False)]
     assert only(found) == tokens_of(tokenizer, *pieces) and found.notes == []
+
+
+@pytest.mark.parametrize("first", ["", "1"])
+def test_an_empty_turn_does_not_shift_which_are_trained(first):
+    """Its marks hold nothing; and those of a turn with a thought come in two pieces."""
+    piece = "{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"
+    template = MARKED.replace("{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}", f"{piece}{piece}")
+    turns = [user("one"), assistant(first), user("two"), {**assistant("2"), "weight": 0}, user("three"), assistant("3")]
+    tokenizer = make_tokenizer(template)
+    labels = only(Template(tokenizer).encode(turns))[1]
+    assert tokenizer.decode([x for x in labels if x != -100]) == "1<|im_end|>1<|im_end|>" * bool(first) + (
+        "3<|im_end|>3<|im_end|>"
+    )
+
+
+# --- where a prompt ends
+
+
+def spaced(kind, template, trim_offsets=False):
+    """Words that hold the space before them: of bytes, or SentencePiece's, which puts a space before each text, too."""
+    characters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "\u2581", "\n"]
+    space = "\u2581" if kind.startswith("sentencepiece") else "\u0120"
+    merges = [("h", "i"), (space, "hi"), ("\u010a", "\u010a")]
+    vocab = {token: i for i, token in enumerate([*characters, *(a + b for a, b in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    if kind == "bytes":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        scheme = kind.partition(" ")[2] or "first"
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    tokenizer.add_special_tokens(["<s>", "<|im_end|>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>")
+    fast.chat_template = template
+    return fast
+
+
+OPENINGS = {"a space": "A: ", "two newlines": "A:\n\n", "a colon": "A:"}
+PLAIN = "{% for m in messages %}{{ 'OPENING' if m.role == 'assistant' else 'U:' }}TURN{% endfor %}"
+PLAIN += "{% if add_generation_prompt %}OPENING{% endif %}"
+UNMARKED = PLAIN.replace("TURN", "{{ m.content }}<|im_end|>")
+WITH_MARKS = PLAIN.replace(
+    "TURN", "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("opening", OPENINGS)
+@pytest.mark.parametrize("kind", ["bytes", "bytes, trimmed", "sentencepiece first", "sentencepiece always"])
+@pytest.mark.parametrize("template", [UNMARKED, WITH_MARKS])
+def test_a_response_goes_on_from_the_tokens_of_its_prompt(opening, kind, template):
+    """What the model is given at generation, which has no part in the first word of the turn."""
+    template = template.replace("OPENING", OPENINGS[opening])
+    tokenizer = spaced(kind.partition(",")[0], template, trim_offsets="trimmed" in kind)
+    turns = [user("hi"), assistant("hi you"), user("hi hi"), assistant("\nhi")]
+    for n in (2, 4):
+        chat = Template(tokenizer)
+        ids, labels = only(chat.encode([{**m, "weight": i == n - 1} for i, m in enumerate(turns[:n])]))
+        start = next(i for i, label in enumerate(labels) if label != -100)
+        assert ids[:start] == chat.prompt(turns[: n - 1])
+        assert labels[start:] == ids[start:]
+        assert tokenizer.decode(ids) == tokenizer.decode(tokenizer(chat.render(turns[:n]))["input_ids"])
+        assert tokenizer.convert_ids_to_tokens(labels[start + n // 4]) == "hi"
+    labels = only(chat.encode(turns))[1]
+    assert labels.count(tokenizer.eos_token_id) == 2
 
 
 @pytest.mark.parametrize("off", [{"weight": 0}, {"train": False}])

@@ -2,6 +2,7 @@
 
 import os
 
+import datasets
 import pytest
 import tiny
 import torch
@@ -32,8 +33,21 @@ CASES = {name: {"method": name} for name in METHODS} | {
     "forward_kd, averaged": {"method": "forward_kd", "self_teacher": "average", "average_decay": 0.5},
     "distillm2, curricula": {"method": "distillm2", "skew_curriculum": True, "lowering_start": 0.5},
     "rl_multi_teacher, dev": {"method": "rl_multi_teacher", "selection_reward": "dev", "selection_warmup": 0.0},
+    "okd, student with a LoRA": {"method": "okd", "student_lora_rank": 4},
+    "okd, packed": {"method": "okd", "packing": True, "max_length": 24},
+    "gkd, packed": {"method": "gkd", "packing": True, "max_length": 24, "student_share": 1.0},
+    "okd, streamed": {"method": "okd"},
+    "okd, from disk": {"method": "okd"},
     "gkd, with labels": {"method": "gkd", "student_ce_weight": 0.5, "student_share": 1.0},
 }
+
+
+class Streamed(torch.utils.data.IterableDataset):
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __iter__(self):
+        return iter(self.examples)
 
 
 def trainer(case, folder, **options):
@@ -69,11 +83,12 @@ def trainer(case, folder, **options):
     for i, example in enumerate([*rows, *held_out]):
         example["teacher"] = "ab"[i % 2]
     texts = [{"text": example["completion"]} for example in tiny.examples(7, seed=5)]
+    kinds = {"okd, streamed": Streamed, "okd, from disk": datasets.Dataset.from_list}
     return OKDTrainer(
         tiny.llama(),
         teacher,
         args,
-        train_dataset=rows,
+        train_dataset=kinds.get(case, list)(rows),
         eval_dataset=held_out,
         processing_class=tiny.tokenizer(),
         text_dataset=texts if method.name == "minillm" else None,

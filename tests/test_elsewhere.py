@@ -110,7 +110,7 @@ def rows():
 @pytest.mark.parametrize("method", METHODS)
 def test_an_offloaded_teacher_teaches_as_one_in_memory(method, offloaded, tmp_path):
     options = METHODS[method]
-    model = offloaded()
+    model = offloaded("all")
     run = trained(tmp_path / "offloaded", model, method, **options)
     assert_same_run(run, trained(tmp_path / "memory", teacher(), method, **options))
     assert model.model.layers[0].self_attn.q_proj.weight.is_meta and model.lm_head.weight.is_meta
@@ -260,6 +260,21 @@ def test_devices_on_the_command_line(folder, capsys):
     assert found == pytest.approx(expected, rel=1e-5)
     assert main([*words, "--teacher-device", "nowhere"]) == 2
     assert "expected a device of this machine, such as cpu or cuda:1; got 'nowhere'" in capsys.readouterr().err
+
+
+@near
+def test_okd_train_with_a_teacher_on_disk(folder):
+    """The student, a copy of the teacher by default, is in memory."""
+    kwargs = json.dumps({"device_map": {"": "disk"}, "offload_folder": str(folder / "offload")})
+    words = ["train", "forward_kd", "--teacher", f"{folder}/teacher", "--train-data", f"{folder}/data.jsonl"]
+    words += ["--student-layers", "0", "--max-steps", "1", "--eval-answers", "0", "--eval-share", "0.3"]
+    words += ["--device", "cpu", "--disable-tqdm", "true", "--save-strategy", "no"]
+    metrics = []
+    for name, options in (("disk", ["--teacher-kwargs", kwargs]), ("memory", ["--teacher-device", "cpu"])):
+        assert main([*words, *options, "--output-dir", f"{folder}/{name}"]) == 0
+        found = json.loads((folder / name / "metrics.json").read_text())
+        metrics.append((found["before"], found["after"]))
+    assert metrics[0] == metrics[1]
 
 
 @near

@@ -67,11 +67,11 @@ def test_added_tokens_beyond_those_that_both_know_may_differ():
     assert check_tokenizers(tiny.tokenizer(), tiny.tokenizer()) == 64
     assert check_tokenizers(extended("<a>", "<b>"), extended("<a>", "<c>", "<d>")) == 65
     assert check_tokenizers(tiny.tokenizer(), tiny.tokenizer(vocab=60), vocab_size=60) == 60
-    with pytest.raises(ValueError, match="4 tokens differ, such as 'w60' .student id 60, teacher id None."):
+    with pytest.raises(ValueError, match=r"4 tokens differ, such as 'w60' .student id 60, teacher id None."):
         check_tokenizers(tiny.tokenizer(), tiny.tokenizer(vocab=60))
-    with pytest.raises(ValueError, match="2 tokens differ, such as 'w5' .student id 5, teacher id 6."):
+    with pytest.raises(ValueError, match=r"2 tokens differ, such as 'w5' .student id 5, teacher id 6."):
         check_tokenizers(tiny.tokenizer(), shuffled(), vocab_size=60)
-    with pytest.raises(ValueError, match="such as '<a>' .student id 64, teacher id None."):
+    with pytest.raises(ValueError, match=r"such as '<a>' .student id 64, teacher id None."):
         check_tokenizers(extended("<a>", "<b>"), extended("<c>", "<b>"))
 
 
@@ -134,7 +134,7 @@ def test_a_row_beyond_the_vocabulary_is_named(tmp_path):
     tokenizer = extended("<a>")
     bad = {"id": "odd", "prompt": "w2 <a>", "completion": "w3"}
     for part in ("train", "held-out"):
-        with pytest.raises(ValueError, match="expected token ids below 64, .* got 64 in row odd"):
+        with pytest.raises(ValueError, match=r"expected token ids below 64, .* got 64 in row odd"):
             train, held_out = ([*EXAMPLES, bad], None) if part == "train" else (EXAMPLES, {"a": [*EXAMPLES, bad]})
             OKDTrainer(tiny.llama(), None, tiny.config(tmp_path, method="sft"), train, held_out, tokenizer)
     rows = encode(EXAMPLES, tiny.tokenizer(), max_length=32).rows
@@ -229,7 +229,7 @@ def test_lora_goes_where_it_is_told(tmp_path):
     assert {name.rpartition(".")[2] for name in found} == {"o_proj", "up_proj"} and len(found) == 4
     every = adapted(tiny.llama(), tmp_path, online_target_modules=["all-linear"], online_layers=0.5)
     assert len(every) == 7 and all("layers.1." in name for name in every)
-    with pytest.raises(ValueError, match="are down_proj, gate_proj, k_proj, .*; got lm_head, q: pass some of those"):
+    with pytest.raises(ValueError, match=r"are down_proj, gate_proj, k_proj, .*; got lm_head, q: pass some of those"):
         adapted(tiny.llama(), tmp_path, online_target_modules=["lm_head", "q", "v_proj"])
     state_space = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2))
     with pytest.raises(ValueError, match="are dt_proj, in_proj, out_proj, x_proj; got none"):

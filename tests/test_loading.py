@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ import tiny
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
+from ranks import run_ranks
 from transformers import AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from okd import OKDTrainer, loading, models
@@ -186,6 +188,28 @@ def test_a_quantized_teacher(folder, tmp_path, bits, library):
     for name, parameter in teacher.named_parameters():
         if name in frozen:
             assert all(torch.equal(a, b) for a, b in zip(raw(parameter), raw(frozen[name]), strict=True)), name
+
+
+def of_ranks(rank, world, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
+    options = {"teacher_quantization": "8bit", "student_quantization": "8bit", "quantization_library": "torchao"}
+    args = tiny.config(folder / "out", student_lora_rank=4, per_device_train_batch_size=4 // world, max_steps=3)
+    student, teacher, tokenizer, _ = loaded(folder, args, student="student", teacher="teacher", **options)
+    run = OKDTrainer(student, teacher, args, tiny.examples(), processing_class=tokenizer)
+    run.train()
+    return {name: p.detach().clone() for name, p in run.pair.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.slow
+def test_quantized_models_on_two_ranks(folder, tmp_path):
+    """DDP, which sends weights to all ranks, leaves those alone that it cannot send."""
+    pytest.importorskip("torchao")
+    one, other = run_ranks(of_ranks, 2, tmp_path, folder)
+    assert any("student" in name for name in one) and any("teacher" in name for name in one)
+    for name, parameter in one.items():
+        assert torch.equal(parameter, other[name]), name
+        assert "lora_B" not in name or parameter.abs().max() > 0
 
 
 def test_a_library_that_is_not_installed_says_how_to_get_it(monkeypatch):
@@ -412,6 +436,28 @@ def test_the_student_as_its_own_teacher_is_found_under_its_lora(tmp_path):
         trainer(tmp_path, model, model, method="forward_kd", student_lora_rank=4)
 
 
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_frozen_base_keeps_its_dtype(folder, tmp_path, monkeypatch, rank):
+    """One that trains is in fp32."""
+    monkeypatch.setattr(models, "has_fast_gemm", lambda *_: True)
+    for name in ("student", "teacher"):
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.bfloat16).save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    args = tiny.config(tmp_path / "out", method="forward_kd", student_lora_rank=rank)
+    student, teacher, *_ = loaded(tmp_path, args, student="student", teacher="teacher")
+    assert (student.dtype, teacher.dtype) == (torch.float32 if rank is None else torch.bfloat16, torch.bfloat16)
+
+
+def test_an_adapter_ends_its_responses_as_it_learned_to(folder, tmp_path):
+    place = tmp_path / "adapter"
+    shutil.copytree(folder / "student_adapter", place)
+    assert models.stop_tokens(str(place)) == {tiny.EOS}, "its base's"
+    assert models.load_tokenizer(str(place)).get_vocab() == tiny.tokenizer().get_vocab(), "its base's"
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": [tiny.EOS, 7]}))
+    assert models.stop_tokens(str(place)) == {tiny.EOS, 7}
+    assert models.load_model(str(place)).generation_config.eos_token_id == [tiny.EOS, 7]
+
+
 # --- a teacher that is an adapter
 
 
@@ -438,6 +484,23 @@ def test_what_becomes_of_a_teachers_adapter(folder, tmp_path):
     run.save_model(str(tmp_path / "online"))
     saved = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "online" / "teacher_adapter")
     assert saved.peft_config["default"].r == 4 and (logits(saved) - expected).abs().max() > 1e-3
+
+
+def test_a_run_of_adapters_resumes(folder, tmp_path):
+    """Student and teacher as if the run had not been stopped; the base of a shortened student is written once."""
+    options = ["--teacher-adapter", "train", "--student-layers", "0,2", "--student-lora-rank", "4"]
+    options += ["--save-strategy", "steps", "--save-steps", "2"]
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("student", "teacher_adapter")]
+    found = []
+    for more in ([], ["--resume"]):
+        arguments = command(folder, tmp_path, *options, *more, method="okd", teacher="teacher_adapter", student=None)
+        assert main(arguments) == 0
+        found.append([file.read_bytes() for file in files])
+        shutil.rmtree(tmp_path / "checkpoint-4")
+        for file in files:
+            file.unlink()
+    assert found[0] == found[1]
+    assert [str(path.parent) for path in tmp_path.rglob("model.safetensors")] == [str(tmp_path / "student" / "base")]
 
 
 def test_a_student_out_of_a_teachers_adapter_is_whole(folder):

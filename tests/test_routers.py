@@ -84,7 +84,7 @@ def test_coefficient(tmp_path):
     assert losses[None] == losses[0.5]
     balance = losses[1.0] - losses[0.0]
     assert balance > 1 and losses[0.5] - losses[0.0] == pytest.approx(balance / 2, rel=1e-4)
-    with pytest.raises(ValueError, match="expected router_aux_loss_coef with a student .* got 0.1 with LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef with a student .* got 0.1 with LlamaForCausalLM"):
         trainer(tmp_path, tiny.llama(), router_aux_loss_coef=0.1)
     trainer(tmp_path, tiny.llama(), router_aux_loss_coef=0.0)
 
@@ -111,5 +111,5 @@ def test_checkpoints_without_a_gradient_of_the_routers_are_refused(tmp_path):
     student = experts("mixtral")
     kwargs = {"use_reentrant": True}
     run = trainer(tmp_path, student, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs, max_steps=1)
-    with pytest.raises(ValueError, match="expected a router loss with a gradient.*use_reentrant"):
+    with pytest.raises(ValueError, match=r"expected a router loss with a gradient.*use_reentrant"):
         run.train()
