@@ -19,7 +19,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -130,7 +130,7 @@ class Template:
         if self.is_marked:
             found.rows.append(self._by_marks(messages, tools, turns, trained))
             return found
-        text, spans = self.render(messages, tools), {}
+        through, spans = "", dict[int, tuple[str, int, int]]()
         for i in trained:
             before, through = self.render(messages[:i], tools, prompt=True), self.render(messages[: i + 1], tools)
             if through.startswith(before):
@@ -145,7 +145,8 @@ class Template:
                 "expected a chat template that renders a turn after its own prompt; got one that rewrites it: pass "
                 "chat_template=False with prompt and completion, or another template"
             )
-        if all(text.startswith(through) for through, _, _ in spans.values()):
+        text = through if trained[-1] == len(messages) - 1 else self.render(messages, tools)
+        if all(text.startswith(part) for part, _, _ in spans.values()):
             found.rows.append(self._tokens(text, [(first, last) for _, first, last in spans.values()], messages, tools))
         else:
             found.notes.append(APART)
@@ -168,11 +169,11 @@ class Template:
                 part, places = self._cut(text[start:end], goes_on=start > 0)
                 ids += part
                 offsets += [(start + a, start + b) for a, b in places]
-        labels = [
-            # `first < end`: some tokenizers trim a space before the turn to an empty range, where the turn begins
-            token if any(first <= start < last and first < end for first, last in spans) else IGNORE
-            for token, (start, end) in zip(ids, offsets, strict=True)
-        ]
+        starts, labels = [start for start, _ in offsets], [IGNORE] * len(ids)
+        for first, last in spans:
+            for i in range(bisect_left(starts, first), bisect_left(starts, last)):
+                if first < offsets[i][1]:  # some tokenizers trim a space before the turn to an empty range there
+                    labels[i] = ids[i]
         return ids, labels
 
     def _cut(self, text: str, goes_on: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
@@ -180,7 +181,10 @@ class Template:
         before = "\n" if goes_on else ""
         tokens = self.tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
-        n = len(first := self.tokenizer(before, add_special_tokens=False)["input_ids"] if goes_on else [])
+        if not goes_on:
+            return ids, offsets
+        first = self.tokenizer(before, add_special_tokens=False)["input_ids"]
+        n = len(first)
         if ids[:n] != first:  # merged with it: a tokenizer that has newlines in its words puts no space there
             return self._cut(text)
         return ids[n:], [(max(a - len(before), 0), b - len(before)) for a, b in offsets[n:]]
@@ -225,7 +229,8 @@ class Template:
     ) -> tuple[list[int], list[int]]:
         """With the token that ends each trained turn among its labels. Raises ValueError where a turn has none."""
         ids, labels = list(ids), list(labels)
-        for i in [i for i, label in enumerate(labels) if label != IGNORE and labels[i + 1 : i + 2] in ([], [IGNORE])]:
+        lasts = [i for i, (a, b) in enumerate(pairwise([*labels, IGNORE])) if a != IGNORE and b == IGNORE]
+        for i in lasts:
             if ids[i] in self.ends:
                 continue
             if i + 1 < len(ids) and ids[i + 1] in self.ends:

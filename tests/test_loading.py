@@ -259,6 +259,7 @@ def test_the_lora_alone_trains_and_what_is_saved_is_the_student(folder, tmp_path
         run.save_model(str(tmp_path / save))
         place = tmp_path / save / "student"
         loaded = [AutoModelForCausalLM.from_pretrained(place), models.load_model(str(place))]
+        assert (place / "adapter_config.json").is_file() == (save == "adapter")
         if save == "adapter":
             assert json.loads((place / "adapter_config.json").read_text())["lora_alpha"] == 8
             assert not (place / "base").exists() and not (place / "model.safetensors").exists()
@@ -561,3 +562,7 @@ def test_adapters_without_a_base_or_in_a_pickle(folder, tmp_path):
     (place / "adapter_model.safetensors").rename(place / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match=r"expected adapter_model.safetensors; got .* in a pickle"):
         models.load_model(str(place))
+    tiny.llama().config.save_pretrained(tmp_path / "pickle")
+    torch.save(tiny.llama().state_dict(), tmp_path / "pickle" / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="expected a Hugging Face id, a local directory with safetensors"):
+        models.load_model(str(tmp_path / "pickle"))
