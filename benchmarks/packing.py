@@ -23,7 +23,7 @@ from benchmarks.loss import environment, peak_rss
 from benchmarks.step import Clock
 from okd import OKDConfig, OKDTrainer
 from okd.data import lengths_of
-from okd.examples import Encoded, Encoder, encoder_options
+from okd.encoding import Encoded, Encoder, encoder_options
 from okd.models import keep_layers, load_model, load_tokenizer, parse_layers
 from okd.sources import open_data
 

@@ -1,6 +1,6 @@
 """What a model answers: greedy or sampled responses in batches, and their score against references.
 
-A row is `{"id": str, "input_ids": list[int], "labels": list[int]}`, as `okd.examples.encode` makes them.
+A row is `{"id": str, "input_ids": list[int], "labels": list[int]}`, as `okd.encoding.encode` makes them.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from transformers.utils import logging
 from okd import sampling
 from okd.data import Row, Rows, column, lengths_of, start_of_response
 from okd.decoding import Decoder, check_writing, recurrent_layers
+from okd.encoding import Stream
 from okd.ensemble import Ensemble, models_of
-from okd.examples import Stream
 from okd.meters import ranks
 from okd.methods import METHODS, Method
 from okd.models import (

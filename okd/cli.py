@@ -239,7 +239,7 @@ def _chat_template_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _encoding(options: argparse.Namespace, source: str) -> dict[str, Any]:
-    """What `okd.examples.encode` takes of the options, and the stop tokens of the model."""
+    """What `okd.encoding.encode` takes of the options, and the stop tokens of the model."""
     from okd.chat import ChatOptions
     from okd.models import stop_tokens
 
@@ -275,8 +275,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     from okd.checks import shared_vocab_size
+    from okd.encoding import Encoded, Encoder
     from okd.evaluate import evaluate
-    from okd.examples import Encoded, Encoder
     from okd.exposure import answerable_prompts, exposure_bias
     from okd.models import check_tokenizers, load_tokenizer
     from okd.sources import DataOptions, open_data
@@ -327,7 +327,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _generate(options: argparse.Namespace, _: list[str]) -> None:
     from okd.answers import generate_answers, prompt_and_reference
-    from okd.examples import encode, read_jsonl
+    from okd.encoding import encode
+    from okd.examples import read_jsonl
     from okd.models import load_tokenizer, position_limit
 
     # A completion marks where the answer begins; the model never sees it.

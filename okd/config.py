@@ -13,7 +13,7 @@ from transformers.utils import logging
 from okd import mixup, objectives, sampling
 from okd.chat import ChatOptions
 from okd.decoding import Draw
-from okd.examples import RowOptions
+from okd.encoding import RowOptions
 from okd.methods import METHODS, OKD_TEACHER, DivergenceOptions, Method, readers_of
 from okd.mixup import MixupOptions
 from okd.models import find_device
@@ -116,8 +116,9 @@ class OKDConfig(
                 logger.warning(f"expected one process for each of {self.n_gpu} GPUs; using one: start with torchrun")
             self._n_gpu = 1
         self.dataloader_pin_memory &= torch.cuda.is_available()  # else torch warns on every run
-        if self.accelerator_config.dispatch_batches is None:  # batches hold text, which no process can send to others
-            self.accelerator_config.dispatch_batches = False
+        accelerator: Any = self.accelerator_config
+        if accelerator.dispatch_batches is None:  # batches hold text, which no process can send to others
+            accelerator.dispatch_batches = False
         if self.ddp_find_unused_parameters is None:  # what does not learn at a step gets a gradient of zero instead
             self.ddp_find_unused_parameters = False
         check(self)

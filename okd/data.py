@@ -35,7 +35,7 @@ class Row(TypedDict):
 
 
 class Rows(Sequence[Row]):
-    """Rows on disk: a `datasets.Dataset` of records, see `okd.examples.FEATURES`."""
+    """Rows on disk: a `datasets.Dataset` of records, see `okd.encoding.FEATURES`."""
 
     FIELDS = ("id", "input_ids", "labels", "teacher", "teacher_prompt")
 
@@ -180,8 +180,8 @@ class Collator:
             raise ValueError(f"expected an int as pad_token_id, got {self.pad_token_id!r}; eos_token_id will do")
 
     def __call__(self, given: Sequence[Row] | Sequence[list[Row]]) -> Batch:
-        lines: list[list[Row]] = [line if isinstance(line, list) else [line] for line in given]  # type: ignore[list-item]
-        rows, spans, owners = [], [], []
+        lines: list[list[Row]] = [line if isinstance(line, list) else [line] for line in given]
+        rows, spans, owners = list[Row](), list[Span](), list[Tensor]()
         for i, line in enumerate(lines):
             first = 0
             for row in line:

@@ -3,7 +3,7 @@
 A falling OKD training loss says little, because its target moves with the student. So everything here is measured
 against the teacher as it was before training, its online module switched off, over all response tokens of given rows.
 
-A row is `{"id": str, "input_ids": list[int], "labels": list[int]}`, as `okd.examples.encode` makes them.
+A row is `{"id": str, "input_ids": list[int], "labels": list[int]}`, as `okd.encoding.encode` makes them.
 Shapes: B rows padded to T tokens, N of which come before a response token; D the hidden size.
 """
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd.answers import SAMPLED, batches, generate_answers, padding_token, rouge_l, seeded
 from okd.data import IGNORE, Batch, Collator, Row, on_device
-from okd.examples import encoded_rows
+from okd.encoding import encoded_rows
 from okd.meters import not_counted
 from okd.models import device_of, evaluating, head_of, response_rows
 from okd.teachers import as_it_was

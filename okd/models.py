@@ -331,7 +331,7 @@ def hidden_states(
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         # A prefix or a prompt is put in by PEFT's own forward; it keeps one row of logits, and comes before the tokens.
         output = model(**options, output_hidden_states=True, logits_to_keep=1)
-        return output.hidden_states[-1][:, -attention_mask.shape[1] :]
+        return output.hidden_states[-1][:, -options["attention_mask"].shape[1] :]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base.get_decoder()(**options).last_hidden_state
 

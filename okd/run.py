@@ -28,12 +28,13 @@ from okd.checkpoints import ADAPTER
 from okd.checks import with_vocab_size
 from okd.config import OKDConfig
 from okd.data import column
+from okd.encoding import Encoded, Encoder, encoder_options
 from okd.ensemble import models_of
 from okd.evaluate import evaluate
-from okd.examples import Encoded, Encoder, encoder_options
 from okd.loading import ModelOptions, load_models, teacher_sources
 from okd.models import is_dispatched
 from okd.options import check, option
+from okd.plan import available_memory, check_fits, plan
 from okd.report import format_samples, format_table, plot_curves
 from okd.sources import DataOptions, encode_all, open_all
 from okd.trainer import OKDTrainer
@@ -94,6 +95,8 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
     sources = teacher_sources(config, args)
     opened = open_all(config, examples)
     checkpoint = _check_output_dir(config, output_dir)
+    if not args.fsdp and not args.deepspeed:  # which divide what is planned
+        check_fits(plan(config, args), available_memory(args.device))
     transformers.set_seed(args.seed)
     student, teacher, tokenizer, teacher_tokenizers = load_models(config, args, sources)
     args = with_vocab_size(args, student, teacher, tokenizer, teacher_tokenizers)

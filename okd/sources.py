@@ -18,7 +18,7 @@ import datasets
 from datasets import Features, Value
 
 from okd.data import Rows
-from okd.examples import FEATURES, LINE, Encoded, Encoder, Stream
+from okd.encoding import FEATURES, LINE, Encoded, Encoder, Stream
 from okd.options import option
 
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}

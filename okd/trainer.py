@@ -17,9 +17,9 @@ from okd.callbacks import AroundUpdate, Bar, Lines
 from okd.checkpoints import Checkpointing
 from okd.config import OKDConfig
 from okd.data import Batch, Collator
+from okd.encoding import Stream, encoded_rows, in_lines
 from okd.ensemble import models_of
 from okd.evaluate import Evaluation
-from okd.examples import Stream, encoded_rows, in_lines
 from okd.meters import LogFile, Logging, Meters, ranks, summed
 from okd.models import describe_parameters, tokenizer_of
 from okd.objectives import Totals
@@ -44,7 +44,7 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
             a list, a mapping of names, or an `okd.ensemble.Ensemble`; evaluation measures against the first. None with
             a method that needs none, or with a self-teacher.
         train_dataset, eval_dataset: examples (`messages`, `prompt` + `completion`, or `text`) as a list or a
-            `datasets.Dataset`, or what `okd.examples.encode` made of them; the first also an iterable data set, which
+            `datasets.Dataset`, or what `okd.encoding.encode` made of them; the first also an iterable data set, which
             is encoded as it is read, the latter also by name, each evaluated under its own.
         text_dataset: plain text of a second kind, which minillm learns beside the responses.
         processing_class: the tokenizer, or a processor that has one, which is then saved with the student.

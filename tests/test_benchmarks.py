@@ -13,8 +13,8 @@ from benchmarks import floor, methods, step
 from okd import OKDConfig
 from okd.checks import prepare_teacher
 from okd.data import Collator
+from okd.encoding import encode
 from okd.evaluate import evaluate
-from okd.examples import encode
 from okd.models import load_model
 from okd.objectives import Totals
 from okd.pair import StudentTeacher

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from okd import OKDConfig, OKDTrainer
 from okd.answers import end_tokens
 from okd.chat import APART, LOST, THOUGHTLESS, Template
+from okd.encoding import encode, encoder_options
 from okd.ensemble import models_of
-from okd.examples import encode, encoder_options
 from okd.models import stop_tokens
 
 # Drops the thoughts of turns before the last question, and puts an empty one before a later turn that has none.

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from okd import data
 from okd.chat import APART, THOUGHTLESS
 from okd.data import Collator, rows_of, rows_written, seed_of, uniform
-from okd.examples import Encoded, encode, read_jsonl, split_by_hash
+from okd.encoding import Encoded, encode
+from okd.examples import read_jsonl, split_by_hash
 from okd.models import response_rows
 from okd.stdlib_examples import stdlib_examples
 

@@ -33,7 +33,7 @@ def batch_of(part=slice(None)):
     import tiny
 
     from okd.data import Collator
-    from okd.examples import encode
+    from okd.encoding import encode
     from okd.objectives import Totals
 
     collate, rows = Collator(tiny.EOS), encode(tiny.examples(5), tiny.tokenizer(), max_length=32).rows

@@ -20,8 +20,8 @@ from okd import OKDTrainer, checks
 from okd.checks import prepare_teacher
 from okd.cli import main, parse_train
 from okd.data import Collator
+from okd.encoding import encode
 from okd.evaluate import evaluate
-from okd.examples import encode
 from okd.exposure import exposure_bias
 from okd.online import attach_online_module
 from okd.pair import StudentTeacher

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from okd import OKDConfig, OKDTrainer
 from okd.checks import shared_vocab_size
 from okd.cli import main, parse_train
-from okd.examples import encode
+from okd.encoding import encode
 from okd.models import check_tokenizers
 from okd.online import attach_online_module
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from okd import OKDTrainer, sampling
 from okd.data import rows_of, seed_of
 from okd.decoding import Draw, write
-from okd.examples import encode
+from okd.encoding import encode
 
 LIMIT, SEED = 8, 42
 

@@ -14,7 +14,7 @@ from okd import METHODS, OKDConfig, OKDTrainer, objectives, sampling, selection
 from okd.config import GROUPS
 from okd.data import Collator
 from okd.decoding import Draw
-from okd.examples import encode
+from okd.encoding import encode
 from okd.methods import DivergenceOptions, Method, readers_of
 from okd.objectives import Totals
 from okd.online import LoraOptions, OnlineOptions, PromptOptions, SalienceOptions

@@ -20,7 +20,7 @@ from transformers import (
 
 from okd import METHODS, OKDTrainer
 from okd.data import Collator, Packed, batch_rows, lengths_of, packed, row_of_token, rows_of, tokens_of
-from okd.examples import Stream, encode
+from okd.encoding import Stream, encode
 from okd.models import check_packing, response_rows
 from okd.pair import StudentTeacher
 

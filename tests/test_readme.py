@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from okd import METHODS
 from okd.data import Collator
-from okd.examples import encode
+from okd.encoding import encode
 from okd_kernels import LinearHead, linear_distillation_loss
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

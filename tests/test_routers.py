@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from okd import OKDTrainer
 from okd.data import Collator
-from okd.examples import encode
+from okd.encoding import encode
 from okd.objectives import Totals
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": tiny.EOS}

@@ -14,7 +14,7 @@ from okd import METHODS, OKDConfig, OKDTrainer, decoding, sampling
 from okd.cli import main
 from okd.data import Collator, rows_of, seed_of
 from okd.decoding import Draw, write
-from okd.examples import encode
+from okd.encoding import encode
 from okd.sampling import LengthOptions
 
 SEED = 42  # transformers' default

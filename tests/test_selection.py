@@ -13,8 +13,8 @@ from torch import nn
 
 from okd import OKDConfig, OKDTrainer, selection
 from okd.data import Collator, uniform
+from okd.encoding import encode
 from okd.ensemble import Ensemble
-from okd.examples import encode
 from okd.objectives import Totals
 from okd.pair import StudentTeacher
 from okd.selection import Gate, Policy

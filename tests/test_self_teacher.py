@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from okd import OKDConfig, OKDTrainer
 from okd.data import Collator
-from okd.examples import encode
+from okd.encoding import encode
 from okd.pair import StudentTeacher
 from okd.teachers import Averaged, Itself
 

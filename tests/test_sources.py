@@ -12,7 +12,8 @@ import torch
 from okd import OKDTrainer
 from okd.cli import main, parse_train
 from okd.data import Rows
-from okd.examples import Encoded, Encoder, Stream, encode, place_of, split_by_hash
+from okd.encoding import Encoded, Encoder, Stream, encode
+from okd.examples import place_of, split_by_hash
 from okd.sources import DataOptions, encode_all, open_all, open_data
 
 
@@ -320,7 +321,7 @@ def test_a_stream_wants_its_length_and_methods_that_need_no_other(tmp_path):
 
 
 def test_too_many_bad_examples_end_a_stream_but_a_few_do_not(tmp_path, monkeypatch):
-    monkeypatch.setattr("okd.examples.JUDGED", 100)
+    monkeypatch.setattr("okd.encoding.JUDGED", 100)
     good, bad = pairs(1)[0], {"prompt": "w2"}
     records = [record for i in range(1000) for record in encoder()(good if i % 200 else bad, f"#{i}")]
     assert len(list(Stream(records, 0.01))) == 995

@@ -13,9 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 from okd import OKDConfig, OKDTrainer, salience
 from okd.cli import main, parse_train
 from okd.data import Collator
+from okd.encoding import encode
 from okd.ensemble import Ensemble, load_ensemble
 from okd.evaluate import divergence_metrics
-from okd.examples import encode
 from okd.models import hidden_states, load_model
 from okd.online import Online, attach_online_module
 from okd.salience import calibration_batches, non_salient_modules, saliency

@@ -16,8 +16,8 @@ from transformers.utils import logging
 
 from okd import METHODS, OKDConfig, OKDTrainer, objectives
 from okd.data import Collator
+from okd.encoding import encode
 from okd.evaluate import divergence_metrics
-from okd.examples import encode
 from okd.objectives import Totals
 from okd.online import distance_from_base
 from okd.pair import StudentTeacher
