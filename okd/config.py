@@ -280,5 +280,5 @@ class OKDConfig(
             )
 
 
-READ_BY_ALL = (ChatOptions, RowOptions, StudentOptions)
+READ_BY_ALL = (ChatOptions, RowOptions, StudentOptions, PlaceOptions)
 GROUPS = tuple(base for base in OKDConfig.__bases__ if base not in (TrainingArguments, *READ_BY_ALL))

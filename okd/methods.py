@@ -17,7 +17,7 @@ from okd import ensemble, mixup, objectives, on_policy, sampling, selection
 from okd.decoding import Draw
 from okd.online import MODULE_OPTIONS, OnlineOptions
 from okd.options import groups_of, option
-from okd.teachers import PlaceOptions, SelfTeacherOptions
+from okd.teachers import SelfTeacherOptions
 from okd_kernels import Objective
 
 OKD_TEACHER = Objective("forward_kl", weight=0.1, ce_weight=0.9)  # L_t of OKD (Eq. 16); a = 0.1 is ours
@@ -81,7 +81,7 @@ class Method:
     @property
     def option_groups(self) -> frozenset[type]:
         """The groups of options that the method reads."""
-        groups = {PlaceOptions, *groups_of(self.loss, self.responses, self.selection)}
+        groups = set(groups_of(self.loss, self.responses, self.selection))
         if self.student.weight > 0:
             groups.add(DivergenceOptions)
         if self.teacher is not None:

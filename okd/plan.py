@@ -23,11 +23,7 @@ from okd.models import find_device, is_adapter, keep_layers, parse_layers
 from okd.online import online_config
 from okd.shapes import Trace, read_config, skeleton, time_layer, trace
 from okd.student import lora_config
-from okd_kernels import has_fast_gemm
-from okd_kernels.call import chunk_workspace
-from okd_kernels.gemms import chunk_rows, row_stride
-from okd_kernels.torch_block import BUFFERS, buffer_width
-from okd_kernels.torch_rows import block_rows
+from okd_kernels import has_fast_gemm, workspace_size
 
 logger = logging.get_logger(__name__)
 GIB = 2**30
@@ -383,10 +379,7 @@ class _Planner:
         used = (teachers or [student]) if self.method.needs_teacher else []  # without a teacher: itself
         models, n, flops = [student, *used], self.n, self.result.flops
         v = self.args.vocab_size or min(model.head[0] for model in models)
-        chunk = chunk_rows(n, 2 * v * 4, chunk_workspace(None, self.device), self.device)
-        buffers = 2 * chunk * row_stride(v) * 4
-        if self.device.type != "cuda":
-            buffers += BUFFERS * min(chunk, block_rows(buffer_width(v), self.device)) * buffer_width(v) * 4
+        buffers = workspace_size(n, v, self.device)
         learning = [student, *(teacher for teacher in teachers if teacher.trainable)]
         trains = student.trainable > 0 and not hasattr(student.skeleton, "peft_config")
         gradient = 4 * student.head[0] * student.head[1] if trains else 0

@@ -12,6 +12,7 @@ from okd_kernels.losses import (
 )
 from okd_kernels.problem import DistillationLoss
 from okd_kernels.topk import TopK, linear_topk
+from okd_kernels.torch_rows import workspace_size
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "linear_sparse_distillation_loss",
     "linear_topk",
     "resolve_backend",
+    "workspace_size",
 ]

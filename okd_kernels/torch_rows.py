@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from okd_kernels.call import chunk_workspace
+from okd_kernels.gemms import chunk_rows, row_stride
 from okd_kernels.rows import FLOOR, LOG_0, LogitRows, Rows
 from okd_kernels.torch_block import BUFFERS, LN2, Block, Normal, buffer_width, divergence_of
 
@@ -25,6 +27,17 @@ def block_rows(vocab_size: int, device: torch.device) -> int:
     if device.type == "cpu":
         return max(torch.get_num_threads(), BLOCK_ELEMENTS // vocab_size)
     return max(1, ACCELERATOR_BLOCK_ELEMENTS // vocab_size)
+
+
+def workspace_size(tokens: int, vocab_size: int, device: torch.device, workspace_bytes: int | None = None) -> int:
+    """Bytes that a dense loss of so many rows takes for its chunks, beside operands and gradients: two buffers of fp32
+    logits and, in PyTorch's rows, those of a block."""
+    chunk = chunk_rows(tokens, 2 * vocab_size * 4, chunk_workspace(workspace_bytes, device), device)
+    buffers = 2 * chunk * row_stride(vocab_size) * 4
+    if device.type == "cuda":
+        return buffers
+    width = buffer_width(vocab_size)
+    return buffers + BUFFERS * min(chunk, block_rows(width, device)) * width * 4
 
 
 def blocks(n: int, step: int) -> list[slice]:

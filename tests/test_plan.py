@@ -197,13 +197,14 @@ def test_a_self_teacher_is_one_more_student(tmp_path, save):
 
 def test_chunk_buffers_are_those_of_the_loss(tmp_path, save):
     from okd_kernels import cpu
+    from okd_kernels.torch_block import BUFFERS, buffer_width
 
     source, _ = save()
     hidden, head = torch.randn(64, 32), torch.randn(tiny.VOCAB, 32)
     cpu.release()
     linear_distillation_loss(hidden.requires_grad_(), head, hidden.detach(), head)
     found = planned(tmp_path, source, method="forward_kd")
-    blocks = planning.BUFFERS * 4 * planning.buffer_width(tiny.VOCAB) * 64
+    blocks = BUFFERS * 4 * buffer_width(tiny.VOCAB) * 64
     assert parts(found)["loss: chunk buffers"].forward == cpu._kept.buffer.numel() + blocks
 
 
