@@ -19,7 +19,7 @@ SHOWN = {
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "seed",
     "max_grad_norm", "bf16", "gradient_checkpointing", "logging_steps", "eval_strategy", "eval_steps",
-    "save_strategy", "save_steps", "save_total_limit", "report_to",
+    "save_strategy", "save_steps", "save_total_limit", "report_to", "train_sampling_strategy",
 }  # fmt: skip
 
 
@@ -112,19 +112,21 @@ def parse_train(argv: Sequence[str]) -> tuple[Any, Any]:
     """(RunConfig, OKDConfig) of `okd train [METHOD] [--config FILE] [--option value ...]`; the command line wins."""
     from transformers import HfArgumentParser, TrainingArguments
 
-    from okd.config import OKDConfig
+    from okd.config import GROUPS, OKDConfig
     from okd.methods import METHODS
     from okd.models import find_device
     from okd.run import RunConfig
 
+    method = METHODS.get(argv[0]) if argv else None
     presets = "\n".join(f"  {name:<18}{method.summary}" for name, method in METHODS.items())
+    others = "Options of a method: okd train METHOD --help. " if method is None else ""
     dataclass_types: Any = [RunConfig, OKDConfig]
     parser = HfArgumentParser(
         dataclass_types,
         prog="okd train",
         usage="okd train METHOD --teacher MODEL --student MODEL --train-data DATA [options]",
-        description=f"methods:\n{presets}",
-        epilog="Every other option of transformers.TrainingArguments is taken too, but for resuming: see --resume.",
+        description=f"methods:\n{presets}" if method is None else method.summary,
+        epilog=f"{others}All of transformers.TrainingArguments are taken too, but for resuming: see --resume.",
         # as wide as the list of methods is
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=120),
         allow_abbrev=False,
@@ -133,8 +135,10 @@ def parse_train(argv: Sequence[str]) -> tuple[Any, Any]:
     parser.add_argument("--config", help="YAML file with any of these options")
     parser.add_argument("--device", help="cpu or cuda, as --use-cpu says it (default: a GPU where there is one)")
     theirs = {f.name for f in dataclasses.fields(TrainingArguments)}
+    unread = [group for group in GROUPS if method is None or group not in method.option_groups]
+    hidden = {"method", *(theirs - SHOWN), *(f.name for group in unread for f in dataclasses.fields(group))}
     for action in parser._actions:
-        _shorten(action, hide=action.dest == "method" or action.dest in theirs - SHOWN, first_sentence=theirs)
+        _shorten(action, hide=action.dest in hidden, first_sentence=theirs)
     known = {f.name for c in (RunConfig, OKDConfig) for f in dataclasses.fields(c) if f.init}
     options, _ = parser.parse_known_args(argv)
     words = list(argv) if options.preset is None else [*argv, "--method", options.preset]

@@ -511,11 +511,20 @@ def test_transformers_way_to_resume_names_ours(capsys):
 
 
 def test_help_is_short(capsys):
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
-    text = capsys.readouterr().out
-    assert "online KD (arXiv 2409.12512)" in text and "--online-rank" in text
-    assert len(text.splitlines()) < 180 and max(map(len, text.splitlines())) <= 120
+    """Without a method the methods; with one, its options and no others'."""
+
+    def of(*words):
+        with pytest.raises(SystemExit):
+            main(["train", *words, "--help"])
+        text = capsys.readouterr().out
+        assert len(text.splitlines()) < 145 and max(map(len, text.splitlines())) <= 120
+        return text
+
+    text = of()
+    assert "online KD (arXiv 2409.12512)" in text and "--packing" in text and "okd train METHOD --help" in text
+    assert "--online-rank" not in text and "--skd-gamma" not in text
+    assert "--online-rank" in of("okd") and "--skd-gamma" not in of("okd")
+    assert "--skd-gamma" in of("skd", "--temperature", "2") and "--online-rank" not in of("skd")
     with pytest.raises(SystemExit):
         main(["demo", "--help"])
     text = capsys.readouterr().out
@@ -640,4 +649,4 @@ def test_traceback_on_request(folder, tmp_path, monkeypatch):
 
 
 def test_every_command_is_documented():
-    assert set(cli.COMMANDS) == {"demo", "train", "evaluate", "generate", "env"}
+    assert set(cli.COMMANDS) == {"demo", "train", "plan", "evaluate", "generate", "env"}
