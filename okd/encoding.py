@@ -205,22 +205,19 @@ class Encoder:
     def __call__(self, example: Any, name: str) -> list[dict[str, Any]]:
         """The records of an example, whose own id goes before this name."""
         if isinstance(example, Mapping):
-            example = {
-                **example,
-                **{ours: example[theirs] for ours, theirs in self.columns.items() if theirs in example},
-            }
-            example = in_our_words(example)
-        name, place = id_of(example, default=name), place_of(example)
+            renamed = {ours: example[theirs] for ours, theirs in self.columns.items() if theirs in example}
+            example = in_our_words({**example, **renamed})
+        name, place = _stored(id_of(example, default=name)), place_of(example)
         empty: Any = {"id": name, "input_ids": [], "labels": [], "length": 0, "responses": 0, "part": 0, "place": place}
         empty = {**dict.fromkeys(FEATURES), **empty, "truncated": False}
         try:
             rows, notes = encode_one(example, self.tokenizer, self.template)
             teacher_prompt = teacher_prompt_of(example, [labels for _, labels in rows], self.tokenizer, self.template)
         except (ValueError, TypeError, jinja2.TemplateError) as error:
-            return [{**empty, "bad": str(error)}]
+            return [{**empty, "bad": _stored(str(error))}]
         given, records = example.get("prompt"), []
         common = {
-            "teacher": None if example.get("teacher") is None else str(example["teacher"]),
+            "teacher": None if example.get("teacher") is None else _stored(str(example["teacher"])),
             "teacher_prompt": teacher_prompt,
             "prompt": given if isinstance(given, str) else None,
             "notes": "\n".join(dict.fromkeys(notes)) or None,
@@ -261,9 +258,9 @@ class Encoder:
 
     def records(self, examples: Any, num_proc: int | None = None) -> Any:
         """In memory, or of a `datasets.Dataset` on disk."""
-        return (
-            self.map(examples, "", num_proc) if isinstance(examples, datasets.Dataset) else list(self.stream(examples))
-        )
+        if isinstance(examples, datasets.Dataset):
+            return self.map(examples, num_proc=num_proc)
+        return list(self.stream(examples))
 
     def map(self, examples: Any, name: str = "", num_proc: int | None = None) -> Any:
         """Records of a `datasets` data set; on disk, for all processes, and found again by the next run; of an
@@ -295,6 +292,11 @@ class Encoder:
         parts += [tokenizer.chat_template, transformers.__version__]
         parts += [Path(module).read_text() for module in (__file__, str(of_examples.__file__), str(chat.__file__))]
         return hashlib.sha256(repr(parts).encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+def _stored(text: str) -> str:
+    """As Arrow takes it: a lone surrogate is spelled out."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 class Stream(torch.utils.data.IterableDataset):

@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from okd import OKDConfig, OKDTrainer
 from okd.answers import end_tokens
 from okd.chat import APART, LOST, THOUGHTLESS, Template
+from okd.cli import main
+from okd.data import tokens_of as tokens_in
 from okd.encoding import encode, encoder_options
 from okd.ensemble import models_of
 from okd.models import stop_tokens
+from okd.pair import StudentTeacher
 
 # Drops the thoughts of turns before the last question, and puts an empty one before a later turn that has none.
 QWEN3 = (
@@ -320,3 +323,38 @@ def test_models_of_what_is_given_as_teacher():
     ):
         assert models_of(given) == expected
     assert end_tokens(tiny.tokenizer(), *models_of(None)) == {tiny.EOS}
+
+
+SAID = {  # what each template's assistant says, of TWO_TURNS, and in how many rows
+    "qwen3": (QWEN3, ["<think>\na\n</think>\n\n1<|im_end|>", "<think>\nb\n</think>\n\n2<|im_end|>"]),
+    "llama3": (LLAMA3, ["<think>a</think>1<|im_end|><think>b</think>2<|im_end|>"]),
+    "gemma": (GEMMA, ["<think>a</think>1<|im_end|><think>b</think>2<|im_end|>"]),
+}
+
+
+@pytest.mark.parametrize("family", SAID)
+def test_okd_train_on_chat_data_of_a_family(family, tmp_path, capsys, monkeypatch):
+    """Several turns of each conversation, by the command: what reaches the loss is what the assistant says."""
+    template, said = SAID[family]
+    tokenizer = make_tokenizer(template, bos=family != "qwen3")
+    model = tiny.llama(layers=1, vocab=len(tokenizer), max_position_embeddings=256)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = tmp_path / "chat.jsonl"
+    data.write_text("".join(json.dumps({"id": str(i), "messages": TWO_TURNS}) + "\n" for i in range(8)))
+    learned, whole = [], StudentTeacher.forward
+
+    def watched(self, batch, *args, **kwargs):
+        learned.append([tokenizer.decode(batch["targets"][tokens_in(batch, [i])]) for i in range(len(batch["ids"]))])
+        return whole(self, batch, *args, **kwargs)
+
+    monkeypatch.setattr(StudentTeacher, "forward", watched)
+    words = ["train", "okd", "--teacher", str(tmp_path / "model"), "--train-data", str(data), "--eval-data", str(data)]
+    words += ["--output-dir", str(tmp_path / "run"), "--max-steps", "1", "--use-cpu", "--eval-answers", "2"]
+    words += ["--eval-max-new-tokens", "4", "--save-strategy", "no", "--disable-tqdm", "True"]
+    assert main([*words, "--per-device-train-batch-size", "16"]) == 0
+    assert sorted(learned[0]) == sorted(said * 8)
+    assert f"train: {8 * len(said)} examples" in capsys.readouterr().out
+    saved = tmp_path / "run" / "student"
+    assert tokenizer.eos_token_id in stop_tokens(str(saved))
+    assert (saved / "chat_template.jinja").read_text() == template

@@ -389,6 +389,7 @@ def test_qlora(folder, tmp_path, bits, library):
         prepare_student(loaded_again, tiny.config(tmp_path, method="sft", student_lora_rank=4, student_save="merged"))
 
 
+@pytest.mark.slow
 def test_a_saved_student_is_a_source_like_any_other(folder, tmp_path, capsys):
     """okd train, evaluate and generate read the directory of an adapter; training goes on with it."""
     first, second = tmp_path / "first", tmp_path / "second"
@@ -487,6 +488,7 @@ def test_what_becomes_of_a_teachers_adapter(folder, tmp_path):
     assert saved.peft_config["default"].r == 4 and (logits(saved) - expected).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_of_adapters_resumes(folder, tmp_path):
     """Student and teacher as if the run had not been stopped; the base of a shortened student is written once."""
     options = ["--teacher-adapter", "train", "--student-layers", "0,2", "--student-lora-rank", "4"]

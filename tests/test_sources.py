@@ -101,6 +101,14 @@ def test_a_line_that_is_no_json_or_no_utf8_is_counted_and_the_rest_is_read(tmp_p
         Encoded.of(encoder().map(data, name), max_bad_share=0.005)
 
 
+def test_a_lone_surrogate_is_counted_wherever_it_stands(tmp_path):
+    text = json.dumps({"id": "cut\ud83d", "prompt": "w2", "completion": "w3\ud83d"})
+    path = write(tmp_path / "cut.jsonl", [*pairs(2), text, json.dumps({"id": "odd\ud83d", **pairs(1)[0]})])
+    encoded = Encoded.of(encoder().map(open_data(path)[1], "cut.jsonl"))
+    assert [row["id"] for row in encoded.rows] == ["cut.jsonl:1", "cut.jsonl:2", "odd\\ud83d"]
+    assert list(encoded.bad.values()) == [["cut\\ud83d"]]
+
+
 def test_lines_need_no_common_schema(tmp_path):
     """As Arrow would want: content that is null, arguments that are other things, ids that are numbers."""
     call = {"function": {"name": "f", "arguments": {"a": 1}}}
