@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -144,6 +145,8 @@ def quantization_config(bits: str, library: str | None, device: torch.device) ->
 
         return TorchAoConfig(Int8WeightOnlyConfig())
     if bits == "8bit":
+        # warns at every product that its operand is cast to fp16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -169,7 +169,7 @@ def raw(parameter):
 
 
 @pytest.mark.parametrize(("bits", "library"), LIBRARIES)
-def test_a_quantized_teacher(folder, tmp_path, bits, library):
+def test_a_quantized_teacher(folder, tmp_path, caplog, bits, library):
     """Is near the one that it was; embeddings and head are untouched; an online LoRA over it learns."""
     pytest.importorskip(library)
     options = {"teacher_quantization": bits, "quantization_library": library, "student": "student"}
@@ -180,6 +180,7 @@ def test_a_quantized_teacher(folder, tmp_path, bits, library):
     assert torch.equal(teacher.lm_head.weight, plain.lm_head.weight)
     assert type(teacher.lm_head) is torch.nn.Linear and type(student.lm_head.weight) is torch.nn.Parameter
     run = trainer(tmp_path, student, teacher, tokenizer, max_steps=12, online_learning_rate=1e-2)
+    assert "inputs will be cast" not in caplog.text, "at every product of 8 bit"
     frozen = {n: p.detach().clone() for n, p in teacher.named_parameters() if not p.requires_grad}
     run.train()
     log = [entry for entry in run.state.log_history if "teacher_loss" in entry]
