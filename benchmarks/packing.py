@@ -138,9 +138,11 @@ def main() -> None:
             f"{one['seconds_per_step']:>8.2f}{one['peak_mib']:>8.0f}"
         )
     if options.output:
-        told = {"options": {k: v for k, v in vars(options).items() if k not in ("way", "output")}}
-        told["options"]["data"] = Path(options.data).name
-        Path(options.output).write_text(json.dumps({**told, "environment": environment("cuda" if torch.cuda.is_available() else "cpu"), "rounds": found}, indent=1))
+        told = {k: v for k, v in vars(options).items() if k not in ("way", "output")} | {
+            "data": Path(options.data).name
+        }
+        where = environment("cuda" if torch.cuda.is_available() else "cpu")
+        Path(options.output).write_text(json.dumps({"options": told, "environment": where, "rounds": found}, indent=1))
 
 
 if __name__ == "__main__":
