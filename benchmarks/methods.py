@@ -42,8 +42,8 @@ from transformers import TrainerCallback
 from benchmarks.loss import environment
 from benchmarks.step import Clock, parse_options, parse_variant, peak_bytes, read_by, reset_peak, subprocess_job
 from okd import METHODS, OKDConfig, OKDTrainer
-from okd.evaluate import divergence_metrics, evaluate
 from okd.encoding import encode
+from okd.evaluate import divergence_metrics, evaluate
 from okd.examples import read_jsonl
 from okd.models import SMOLLM2, check_tokenizers, keep_layers, load_model, load_tokenizer, parse_layers
 from okd.online import distance_from_base
