@@ -119,7 +119,7 @@ def parse_train(argv: Sequence[str]) -> tuple[Any, Any]:
 
     method = METHODS.get(argv[0]) if argv else None
     presets = "\n".join(f"  {name:<18}{method.summary}" for name, method in METHODS.items())
-    others = "Options of a method: okd train METHOD --help. " if method is None else ""
+    others = "Options of a method: okd train METHOD --help.\n" if method is None else ""
     dataclass_types: Any = [RunConfig, OKDConfig]
     parser = HfArgumentParser(
         dataclass_types,

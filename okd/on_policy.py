@@ -79,7 +79,8 @@ def _scattered(values: Tensor, at: Tensor, like: Tensor) -> Tensor:
 def _future(values: Tensor, batch: Batch, mean: bool) -> Tensor:
     """Sum or mean of `values` (N,) over the later response tokens of the same row, for each of N; 0 for the last."""
     counts, longest = batch["counts"], max(1, *batch["counts"])
-    places = torch.tensor([i * longest + j for i, n in enumerate(counts) for j in range(n)]).to(values.device)
+    at = [i * longest + j for i, n in enumerate(counts) for j in range(n)]
+    places = torch.tensor(at, dtype=torch.long).to(values.device)
 
     def later(x: Tensor) -> Tensor:
         grid = x.new_zeros(len(counts) * longest).scatter(0, places, x).view(-1, longest)

@@ -426,7 +426,7 @@ def test_routed_to_named_teachers(folder, tmp_path, capsys):
         named = [{**example, "teacher": ("math", "chat")[i % 2]} for i, example in enumerate(examples)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(e) for e in named))
     arguments = ["train", "routed", "--student", str(folder / "student"), "--use-cpu", "--output-dir", str(output)]
-    arguments += [x for name in files for x in (f"--{name}-file", str(tmp_path / f"{name}.jsonl"))]
+    arguments += [x for name in files for x in (f"--{name}-data", str(tmp_path / f"{name}.jsonl"))]
     arguments += ["--max-steps", "4", "--learning-rate", "1e-2", "--eval-answers", "0", "--logging-steps", "1"]
     both = [f"math={folder / 'teacher'}", f"chat={folder / 'student'}"]
     fails(capsys, main([*arguments, "--teachers", *both, "--teacher", "x"]), "--teacher, or several as --teachers")
