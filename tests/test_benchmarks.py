@@ -186,6 +186,7 @@ def test_common_options_go_to_the_methods_that_read_them():
     assert step.read_by("sft", {}, together) == {}
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_in_its_process_says_why():
     with pytest.raises(RuntimeError, match=r"(?s)benchmarks.step exited with 1: .*KeyError: 'device'"):
         step.subprocess_job("benchmarks.step", {"variant": "okd"})
@@ -252,6 +253,7 @@ def compare(folder, output, *options):
     methods.main([*arguments, *options])
 
 
+@pytest.mark.slow
 def test_methods_are_compared_from_one_start_under_both_budgets_and_a_run_goes_on(folder, tmp_path, jobs, capsys):
     options = ("--methods", "okd", "sft", "--steps", "5", "--curve-points", "2")
     compare(folder, tmp_path, *options, "--seeds", "1")
@@ -317,6 +319,7 @@ def test_a_method_that_fails_leaves_the_others_and_is_tried_again(folder, tmp_pa
     assert "failed" not in (tmp_path / "tables.md").read_text()
 
 
+@pytest.mark.slow
 def test_tuning_teaches_the_teacher_and_mends_the_student(folder, tmp_path, jobs):
     """On the data they are tuned on: the teacher's cross-entropy, and the student's KL to the teacher before that."""
     rows = encode(tiny.examples(40), tiny.tokenizer(), max_length=256).rows
@@ -347,6 +350,7 @@ def test_a_dry_run_times_each_method_and_trains_none(folder, tmp_path, jobs, cap
     assert float(okd[3]) >= 3.0 and float(okd[5]) == 0 and float(sft[3]) >= 1.5 and float(sft[5]) >= 3.0
 
 
+@pytest.mark.slow
 def test_time_alone_is_planned_from_probes(folder, tmp_path, jobs):
     options = ("--methods", "okd", "sft", "--seconds", "0.4", "--seeds", "1", "--budgets", "time")
     compare(folder, tmp_path, *options)

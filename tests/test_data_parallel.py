@@ -8,6 +8,8 @@ from torch import nn
 
 from okd_kernels import LinearHead, Objective, linear_distillation_loss, linear_topk
 
+pytestmark = pytest.mark.slow
+
 EPS = torch.finfo(torch.float32).eps
 
 

@@ -66,6 +66,7 @@ def moments(sequences, writer, length):
     return mean, sum(w * (x - mean) ** 2 for w, x in weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [False, True])
 def test_exaccerr_is_its_expectation(adapted):
     student, teacher, base = pair(adapted)

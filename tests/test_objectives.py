@@ -745,6 +745,7 @@ def test_every_method_learns(method, tmp_path):
         assert all(line - 1e-6 <= share <= line + 0.02 for share, line in zip(shares[2:], lines[2:], strict=True))
 
 
+@pytest.mark.slow
 def test_minillm_makes_the_students_own_responses_likelier_to_the_teacher(tmp_path):
     """log q(y) - log p(y) of sampled responses, per token: an estimate of KL(q || p) over responses."""
     run = trainer(tmp_path, "minillm", max_steps=100)

@@ -102,6 +102,7 @@ def test_exposure_bias_that_cannot_be_measured_is_found_before_anything_is(folde
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_one_seed_gives_the_same_figures_and_another_does_not(folder, tmp_path):
     found = []
     for name, seed in (("a", "7"), ("b", "7"), ("c", "8")):
@@ -184,6 +185,7 @@ def test_resume_after_an_interruption_gives_the_same_student(folder, tmp_path, m
     assert metrics(parts)["after"] == metrics(whole)["after"]
 
 
+@pytest.mark.slow
 def test_resume_with_other_options_is_refused(folder, tmp_path, capsys):
     output, saving = tmp_path / "run", ("--save-strategy", "steps", "--save-steps", "3")
     options = (*saving, "--temperature", "2", "--max-steps", "3")
@@ -208,6 +210,7 @@ def test_resume_with_other_options_is_refused(folder, tmp_path, capsys):
     assert metrics(output)["steps"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["okd", "gkd"])
 def test_to_resume_a_finished_run_changes_nothing(folder, tmp_path, method):
     options = ("--save-strategy", "steps", "--save-steps", "3", "--gradient-accumulation-steps", "2")
@@ -252,6 +255,7 @@ def test_16_bit_models_on_a_cpu(folder, tmp_path, monkeypatch, has):
     assert models.load_model(student).dtype == torch.bfloat16, "nobody said where it will compute"
 
 
+@pytest.mark.slow
 def test_a_16_bit_student_trains_in_fp32(folder, tmp_path):
     for name in ("student", "teacher"):
         model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.bfloat16)
@@ -408,6 +412,7 @@ def test_env(capsys):
     assert "backend       torch" in printed or torch.cuda.is_available()
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_error():
     """`okd env | head` ends quietly once nobody reads on."""
     read, write = os.pipe()

@@ -542,6 +542,11 @@ def test_plain_text_is_refused_by_other_methods(tmp_path):
 
 # --- whole runs ---
 
+
+def slow(method):
+    return pytest.param(method, marks=pytest.mark.slow)
+
+
 ADAPTIVE = {"eval_strategy": "steps", "eval_steps": 1, "replay_size": 8}
 
 
@@ -552,7 +557,7 @@ def eager_phi(monkeypatch):
 
 
 @pytest.mark.parametrize("online", [False, True])
-@pytest.mark.parametrize("method", ["gkd", "imitkd", "skd", "distillm", "seqkd"])
+@pytest.mark.parametrize("method", ["gkd", "imitkd", slow("skd"), slow("distillm"), slow("seqkd")])
 def test_learns(method, online, tmp_path, eager_phi):
     """With accumulation, from any teacher, and what is logged on the way."""
     if method == "seqkd" and online:
@@ -580,7 +585,7 @@ def test_learns(method, online, tmp_path, eager_phi):
         assert max(e["generated_tokens_per_second"] for e in entries) > 1
 
 
-@pytest.mark.parametrize("method", ["gkd", "skd", "distillm"])
+@pytest.mark.parametrize("method", ["gkd", slow("skd"), "distillm"])
 def test_resume_equals_not_stopping(method, tmp_path, eager_phi):
     """Buffer, phi and numbers too: bit for bit."""
     options = {"max_steps": 10, **(ADAPTIVE if method == "distillm" else {})}

@@ -460,6 +460,7 @@ def test_the_gate_finds_the_skilled_teacher(tmp_path):
     assert entries[0]["teacher_2_weight"] == 0.5 and entries[-1]["teacher_2_weight"] > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_policy_finds_the_teacher_that_teaches(seed, tmp_path):
     """Of a teacher that knows the task and a copy of the student, which holds it back, by what the student makes of it.

@@ -473,6 +473,7 @@ def test_the_student_of_a_shared_base_has_no_adapters(folder, tmp_path):
     assert not [n for n, _ in student.named_parameters() if "lora" in n] and student.config.num_hidden_layers == 2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_choose_the_weights_again(folder, tmp_path, monkeypatch):
     saving = ("--save-strategy", "steps", "--save-steps", "3")
     assert train(folder, tmp_path / "whole", "clda", *saving) == 0
