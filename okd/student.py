@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME
@@ -147,11 +149,35 @@ def _is_what_its_name_loads(model: Any) -> bool:
     base = model.get_base_model()
     if getattr(base, "is_quantized", False):
         return bool(base.name_or_path)
-    try:
-        named = load_model(base.name_or_path).state_dict() if base.name_or_path else {}
-    except (FileNotFoundError, ValueError):
-        return False
     own = base_state(model)
+    try:
+        files = _weight_files(base.name_or_path)
+        return bool(files) and (_are_in(files, own) or _are_equal(own, load_model(base.name_or_path).state_dict()))
+    except (OSError, ValueError):  # no model of that name
+        return False
+
+
+def _weight_files(name: str) -> list[Path]:
+    """Of a directory, or of a model of the hub on this machine."""
+    if not name:
+        return []
+    folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, local_files_only=True))
+    return sorted(folder.glob("model*.safetensors"))
+
+
+def _are_in(files: Sequence[Path], own: dict[str, Tensor]) -> bool:
+    """One tensor after the other, so that no second model is in memory. False, too, where transformers renames them."""
+    same = set()
+    for file in files:
+        with safe_open(file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118  (it is no mapping)
+                if name not in own or not _are_equal({name: own[name]}, {name: stored.get_tensor(name)}):
+                    return False
+                same.add(own[name].data_ptr())
+    return all(x.data_ptr() in same for x in own.values())  # a tied head is in the file once
+
+
+def _are_equal(own: dict[str, Tensor], named: dict[str, Tensor]) -> bool:
     return own.keys() == named.keys() and all(
         x.shape == named[name].shape and torch.equal(x, named[name].to(x.device, x.dtype)) for name, x in own.items()
     )

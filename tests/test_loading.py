@@ -569,3 +569,17 @@ def test_adapters_without_a_base_or_in_a_pickle(folder, tmp_path):
     torch.save(tiny.llama().state_dict(), tmp_path / "pickle" / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match="expected a Hugging Face id, a local directory with safetensors"):
         models.load_model(str(tmp_path / "pickle"))
+
+
+def test_a_named_base_is_compared_without_a_second_model_in_memory(tmp_path, monkeypatch):
+    for i, tied in enumerate((True, False)):
+        folder = str(tmp_path / str(i))
+        tiny.llama(tie_word_embeddings=tied).save_pretrained(folder)
+        monkeypatch.setattr("okd.student.load_model", lambda *_: pytest.fail("loaded a second time"))
+        options = tiny.config(tmp_path, method="sft", student_lora_rank=2)
+        adapted = prepare_student(AutoModelForCausalLM.from_pretrained(folder), options)
+        assert adapted.active_peft_config.base_model_name_or_path == folder
+        monkeypatch.undo()
+        changed = AutoModelForCausalLM.from_pretrained(folder)
+        changed.model.norm.weight.data += 1
+        assert prepare_student(changed, options).active_peft_config.base_model_name_or_path == ""
