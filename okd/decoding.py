@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from okd.models import device_of, head_of, hidden_states
+from okd.models import device_of, head_of, hidden_states, relative_error, rounding
 
 # Layers whose cache has a column for each token; that of others is a state that all tokens have gone into.
 COLUMNS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -139,8 +139,8 @@ def check_writing(model: Any, name: str) -> None:
         return decoder.feed(tokens[:, -1:], mask)[0, -1].float()
 
     alone, beside = state(rows[:1]), state(rows)
-    error = ((beside - alone).norm() / alone.norm()).item()
-    if not error <= (1e-3 if next(model.parameters()).dtype == torch.float32 else 0.03):
+    error = relative_error(beside, alone)
+    if not error <= rounding(model):
         raise ValueError(
             f"expected a {name} that writes the same whatever stands beside it in a batch; {type(model).__name__} takes"
             f" padding for text (its states differ by {100 * error:.2g} %): pass per_device_train_batch_size=1, or "

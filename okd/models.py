@@ -261,6 +261,12 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def decoder_modules(model: Any) -> list[tuple[str, Any]]:
+    """The modules of its decoder, by their names in the model: neither a head nor a vision tower."""
+    inside = {id(module) for module in model.get_decoder().modules()}
+    return [(name, module) for name, module in model.named_modules() if id(module) in inside]
+
+
 def find_device(name: Any) -> torch.device:
     """The device of this name. Raises ValueError where this machine has none."""
     try:
@@ -387,6 +393,16 @@ def check_head(model: Any, name: str) -> None:
         )
 
 
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|."""
+    return ((found - expected).float().norm() / expected.float().norm()).item()
+
+
+def rounding(model: Any) -> float:
+    """The relative error that equal hidden states of a model may have by its dtype."""
+    return 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.03
+
+
 def check_packing(model: Any, name: str) -> None:
     """Raise ValueError unless the rows of a packed line have the hidden states that each has alone."""
     device = device_of(model)
@@ -397,12 +413,12 @@ def check_packing(model: Any, name: str) -> None:
         with evaluating(model):
             alone = torch.cat([hidden_states(model, row, torch.ones_like(row)) for row in ids.split(lengths, 1)], 1)
             together = packed_states(model, ids, positions)
-        error = ((together - alone).float().norm() / alone.float().norm()).item()
+        error = relative_error(together, alone)
     except (TypeError, ValueError, RuntimeError, AttributeError) as raised:
         error, reason = math.inf, f"{type(raised).__name__}: {raised}"
     else:
         reason = f"they differ by {100 * error:.2g} %"
-    if not error <= (1e-3 if next(model.parameters()).dtype == torch.float32 else 0.03):
+    if not error <= rounding(model):
         raise ValueError(
             f"expected a {name} whose attention stays within the rows of a packed line; got {type(model).__name__}, "
             f"whose hidden states are not those of each row alone ({reason}): leave packing out, and pass "

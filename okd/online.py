@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from okd.data import Batch
-from okd.models import head_of, response_rows
+from okd.models import decoder_modules, head_of, response_rows
 from okd.options import option
 from okd.teachers import Placed, base_of, refuse_injected
 from okd_kernels import DistillationLoss, LinearHead
@@ -242,10 +242,12 @@ def _targets(model: Any, wanted: Sequence[str] | None) -> dict[str, Any]:
     """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 
-    decoder, names = model.get_decoder(), set[str]()
-    for name, module in decoder.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) or "Linear" in type(module).__name__:
-            names.add(name.rpartition(".")[2])
+    modules = decoder_modules(model)
+    names = {
+        name.rpartition(".")[2]
+        for name, module in modules
+        if isinstance(module, nn.Linear | Conv1D) or "Linear" in type(module).__name__
+    }
     if wanted is None:
         chosen = next((list(x) for x in TARGETS if names.issuperset(x)), None)
     else:
@@ -256,7 +258,7 @@ def _targets(model: Any, wanted: Sequence[str] | None) -> dict[str, Any]:
             "expected online_target_modules by names of linear modules in the teacher's decoder, which are "
             f"{', '.join(sorted(names)) or 'none'}; got {', '.join(unknown) or 'none'}: pass some of those"
         )
-    (within,) = [name for name, module in model.named_modules() if module is decoder]
+    within, _ = modules[0]
     outside = [n for n, _ in model.named_modules() if within and not f"{n}.".startswith(f"{within}.")]
     if any(f".{n}".endswith(f".{name}") for n in outside for name in chosen or ()):
         return {"target_modules": chosen, "exclude_modules": rf"(?!{re.escape(within)}\.).*"}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME
 
-from okd.models import BASE, load_model
+from okd.models import BASE, decoder_modules, load_model
 from okd.online import adapter_names
 from okd.options import option
 from okd.teachers import refuse_injected
@@ -109,12 +109,7 @@ def lora_config(student: Any, options: Any) -> Any:
 
 def _linear_modules(model: Any, wanted: Sequence[str] | None) -> list[str]:
     """Names of the decoder's linear modules, or of those that end in the `wanted` names."""
-    inside = {id(module) for module in model.get_decoder().modules()}
-    names = [
-        name
-        for name, module in model.named_modules()
-        if id(module) in inside and isinstance(module, nn.Linear | Conv1D)
-    ]
+    names = [name for name, module in decoder_modules(model) if isinstance(module, nn.Linear | Conv1D)]
     if wanted is None:
         return names
     unknown = [end for end in wanted if not any(f".{name}".endswith(f".{end}") for name in names)]

@@ -27,9 +27,8 @@ IDS = torch.arange(2, 34).view(2, 16)
 def folder(tmp_path_factory):
     """A teacher, a student, and adapters over each."""
     root = tmp_path_factory.mktemp("models")
-    for name, model in (("teacher", tiny.llama(seed=1, layers=3, hidden=48)), ("student", tiny.llama())):
-        model.save_pretrained(root / name)
-        tiny.tokenizer().save_pretrained(root / name)
+    tiny.save_models(root)
+    for name in ("teacher", "student"):
         adapted = with_lora(AutoModelForCausalLM.from_pretrained(root / name))
         adapted.save_pretrained(root / f"{name}_adapter")
     (root / "train.jsonl").write_text("\n".join(json.dumps(e) for e in tiny.examples(24)))

@@ -34,6 +34,13 @@ def tokenizer(vocab=VOCAB):
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
 
 
+def save_models(root):
+    """A teacher and a student, as directories of these names."""
+    for name, model in (("teacher", llama(seed=1, layers=3, hidden=48)), ("student", llama())):
+        model.save_pretrained(root / name)
+        tokenizer().save_pretrained(root / name)
+
+
 def examples(n=24, seed=0):
     """Prompts of words and completions that continue them by a rule, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
