@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
@@ -41,6 +41,20 @@ class Lines(TrainerCallback):
             print(f"{place}  {numbers}", flush=True)
 
 
+class First(TrainerCallback):
+    """What is to be done when a training begins: its models are where they will be, and nothing has changed yet; and
+    when it ends, and the trackers have not been closed."""
+
+    def __init__(self, begin: Callable[[], None], end: Callable[[], None] = lambda: None):
+        self.begin, self.end = begin, end
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begin()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.end()
+
+
 class AroundUpdate(TrainerCallback):
     """What happens around the optimizer's step, where `Trainer` calls back."""
 
@@ -49,9 +63,10 @@ class AroundUpdate(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
+        trainer.check_divided()
         if state.is_world_process_zero:
             trainer.log_file.start(state.global_step)
-        trainer.sampler.begin_run(int(state.epoch or 0) if state.global_step else -1)
+        trainer.inside(lambda: trainer.sampler.begin_run(int(state.epoch or 0) if state.global_step else -1))
         trainer.accelerator.wait_for_everyone()
         if trainer.sampler.wants_reference and args.eval_strategy != "no":
             trainer.sampler.on_evaluate(trainer.measured(trainer.first_eval_set())["cross_entropy"])
@@ -60,7 +75,7 @@ class AroundUpdate(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         with self.trainer.accelerator.autocast():
-            self.trainer.sampler.begin_epoch(int(state.epoch or 0))
+            self.trainer.inside(lambda: self.trainer.sampler.begin_epoch(int(state.epoch or 0)))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.before_update()

@@ -161,12 +161,12 @@ class Template:
 
     def _labelled(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
         """Tokens, and those of them that begin within the spans."""
-        ids, offsets = self._cut(text)
+        ids, offsets = self.cut(text)
         cuts = [first for first, last in spans if first < last and self._merges(text, first, ids, offsets)]
         if cuts:
             ids, offsets = [], []
             for start, end in pairwise([0, *cuts, len(text)]):
-                part, places = self._cut(text[start:end], goes_on=start > 0)
+                part, places = self.cut(text[start:end], goes_on=start > 0)
                 ids += part
                 offsets += [(start + a, start + b) for a, b in places]
         starts, labels = [start for start, _ in offsets], [IGNORE] * len(ids)
@@ -176,7 +176,7 @@ class Template:
                     labels[i] = ids[i]
         return ids, labels
 
-    def _cut(self, text: str, goes_on: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+    def cut(self, text: str, goes_on: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokens and where they lie. `goes_on`: after other text, where SentencePiece puts no space before it."""
         before = "\n" if goes_on else ""
         tokens = self.tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
@@ -186,7 +186,7 @@ class Template:
         first = self.tokenizer(before, add_special_tokens=False)["input_ids"]
         n = len(first)
         if ids[:n] != first:  # merged with it: a tokenizer that has newlines in its words puts no space there
-            return self._cut(text)
+            return self.cut(text)
         return ids[n:], [(max(a - len(before), 0), b - len(before)) for a, b in offsets[n:]]
 
     def _merges(self, text: str, first: int, ids: list[int], offsets: list[tuple[int, int]]) -> bool:

@@ -7,16 +7,30 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from okd.models import load_model
+from okd.online import adapter_names
 from okd.pair import StudentTeacher
+from okd.sharding import (
+    SHARDS,
+    load_deepspeed,
+    load_optimizer_shards,
+    load_shards,
+    save_shards,
+    whole_state,
+    with_buffers,
+)
 from okd.student import save_student
 from okd.teachers import Averaged
 
@@ -54,8 +68,36 @@ def save(pair: StudentTeacher, directory: Path, state_dict: dict[str, Tensor] | 
     if pair.selection is not None:
         own = _part(state_dict, "selection.") if state_dict is not None else pair.selection.state_dict()
         save_file(own, directory / SELECTION)
+    _save_memory(pair, directory)
+
+
+def _save_memory(pair: StudentTeacher, directory: Path) -> None:
     if hasattr(pair.loss, "state"):
         (directory / MEMORY).write_text(json.dumps(pair.loss.state))
+
+
+def _load_memory(pair: StudentTeacher, directory: Path) -> None:
+    if hasattr(pair.loss, "state"):
+        pair.loss.state = json.loads((directory / MEMORY).read_text())
+
+
+def weights(pair: StudentTeacher) -> dict[str, Tensor]:
+    """All that `save` keeps of the pair, by its names there: what trains, and of a LoRA the base where nothing names it.
+
+    Of a pair whose weights are divided, this process's part.
+    """
+    names = set()
+    for prefix, model in _models(pair).values():
+        adapter = {f"{prefix}{name}" for name in adapter_names(model)}
+        is_named = adapter and (model is not pair.student or model.active_peft_config.base_model_name_or_path != "")
+        names |= adapter if is_named else {n for n, _ in _tensors(pair) if n.startswith(prefix)}
+    return {name: x for name, x in _tensors(pair) if name in names or name.startswith("selection.")}
+
+
+def _tensors(pair: StudentTeacher) -> Iterator[tuple[str, Tensor]]:
+    saved = pair.state_dict(keep_vars=True)  # names of buffers, too, but for those that are made anew
+    yield from ((n, p) for n, p in pair.named_parameters(remove_duplicate=False) if n in saved)
+    yield from ((n, x) for n, x in pair.named_buffers(remove_duplicate=False) if n in saved)
 
 
 def load(pair: StudentTeacher, directory: Path) -> None:
@@ -67,15 +109,21 @@ def load(pair: StudentTeacher, directory: Path) -> None:
         _load_weights(model, directory / name)
     if pair.selection is not None:
         pair.selection.load_state_dict(load_file(directory / SELECTION))
-    if hasattr(pair.loss, "state"):
-        pair.loss.state = json.loads((directory / MEMORY).read_text())
+    _load_memory(pair, directory)
 
 
 class Checkpointing:
     """What `Trainer` asks of a trainer whose model is a pair."""
 
+    accelerator: Any
     args: Any
     ends: set[int]
+    is_deepspeed_enabled: Any
+    is_fsdp_enabled: Any
+    is_sharded: Any
+    lr_scheduler: Any
+    model_wrapped: Any
+    optimizer: Any
     pair: Any
     processing_class: Any
     sampler: Any
@@ -92,17 +140,75 @@ class Checkpointing:
         # not save_pretrained, which refuses what is odd in many published ones as soon as they are changed
         generation.to_json_file(directory / STUDENT / GENERATION_CONFIG_NAME)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The student and what else is kept, whole, by the first process; all call it. A checkpoint of divided weights
+        has them whole only where FSDP's `state_dict_type`, or ZeRO-3's `zero3_save_16bit_model`, says so."""
+        directory = Path(str(output_dir or self.args.output_dir))
+        if not self.is_sharded:
+            self._save(str(directory))
+        elif not directory.name.startswith(PREFIX_CHECKPOINT_DIR) or self._checkpoints_whole_weights:
+            self._save(str(directory), whole_state(self.pair, weights(self.pair), self.args.should_save))
+
+    @property
+    def _checkpoints_whole_weights(self) -> bool:
+        state = self.accelerator.state
+        if self.is_fsdp_enabled:
+            return "FULL_STATE_DICT" in str(state.fsdp_plugin.state_dict_type)
+        return bool(state.deepspeed_plugin.zero3_save_16bit_model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """What continues a run: of divided models each process its part, of what trains alone."""
+        directory = Path(output_dir)
+        if self.is_fsdp_enabled:
+            directory.mkdir(parents=True, exist_ok=True)
+            save_shards(self.pair, weights(self.pair), self.optimizer.optimizer, directory / SHARDS)
+        elif self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
+        if self.args.should_save:
+            _save_memory(self.pair, directory)
+            torch.save(self.lr_scheduler.state_dict(), directory / SCHEDULER_NAME)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """DeepSpeed's checkpoints have no frozen weights, which transformers would look for."""
+        checkpoint = resume_from_checkpoint if self.is_deepspeed_enabled else None
+        with with_buffers(self.pair) if self.is_fsdp_enabled else nullcontext():
+            found = super()._prepare_for_training(  # type: ignore[misc]
+                max_steps, train_dataloader, None if checkpoint else resume_from_checkpoint
+            )
+        if checkpoint:
+            self._load_from_checkpoint(checkpoint)
+            self._load_optimizer_and_scheduler(checkpoint)
+        return found
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load(self.pair, Path(resume_from_checkpoint))
+        directory = Path(resume_from_checkpoint)
+        if self.is_fsdp_enabled:
+            load_shards(self.pair, weights(self.pair), directory / SHARDS)
+        elif self.is_deepspeed_enabled:
+            load_deepspeed(self.model_wrapped, directory)
+        else:
+            load(self.pair, directory)
+            return
+        _load_memory(self.pair, directory)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Beside what continues a run, and not merely its weights: the sampler's state."""
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is not None:
-            self.sampler.load(self._sampler_file(Path(checkpoint)))
+        """What continues a run, and not merely its weights; the sampler's state, too."""
+        if checkpoint is None:
+            return
+        directory = Path(checkpoint)
+        if self.is_fsdp_enabled:
+            load_optimizer_shards(self.pair, self.optimizer.optimizer, directory / SHARDS)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            self.lr_scheduler.load_state_dict(torch.load(directory / SCHEDULER_NAME, weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        self.sampler.load(self._sampler_file(directory))
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Beside the random state that every process saves with a checkpoint: its sampler's."""

@@ -17,7 +17,6 @@ from okd.data import Row, Rows, column, lengths_of, start_of_response
 from okd.decoding import Decoder, check_writing, recurrent_layers
 from okd.encoding import Stream
 from okd.ensemble import Ensemble, models_of
-from okd.meters import ranks
 from okd.methods import METHODS, Method
 from okd.models import (
     check_head,
@@ -27,12 +26,15 @@ from okd.models import (
     position_limit,
     tokenizer_of,
     tokenizer_of_model,
+    vocabulary_of,
 )
 from okd.on_policy import PolicyGradientOptions
 from okd.online import Online, attach_online_module
 from okd.salience import calibration_batches, non_salient_modules
+from okd.selection import Policy
+from okd.sharding import is_divided, is_elsewhere, ranks
 from okd.teachers import Averaged, Frozen, Itself, Placed, refuse_injected
-from okd_kernels import LinearHead, has_fast_gemm
+from okd_kernels import has_fast_gemm
 
 logger = logging.get_logger(__name__)
 
@@ -82,8 +84,10 @@ def prepare_teacher(
         return teacher
     refuse_injected(teacher)
     if student is not None:  # before the online module goes in: a teacher that is refused stays as it was
-        check_head(teacher, "teacher")
-        check_vocabularies(student, teacher, options.vocab_size)
+        if not is_elsewhere(teacher):
+            check_head(teacher, "teacher")
+        if options.teacher_tokenizer is None:
+            check_vocabularies(student, teacher, options.vocab_size)
     if not options.online:
         return Frozen(teacher)
     if not hasattr(teacher, "peft_config"):
@@ -93,6 +97,11 @@ def prepare_teacher(
                 raise ValueError(
                     f"expected training data, by which {method.name} finds the teacher's weights that matter least; "
                     "got none: pass train_dataset, or a teacher that has its adapter already"
+                )
+            if is_divided(teacher):
+                raise ValueError(
+                    "expected a whole teacher, among whose weights those of least saliency are sought; got parts of "
+                    "one under ZeRO-3: use FSDP2"
                 )
             modules = non_salient_modules(student, teacher, options, calibration_batches(rows, collator, options))
         teacher = attach_online_module(teacher, options, modules)
@@ -175,12 +184,11 @@ def check_number_of_teachers(method: Method, n: int) -> None:
 
 def check_vocabularies(student: Any, teacher: Any, vocab_size: int | None) -> None:
     """Raise ValueError unless all heads have one number of rows, or `vocab_size` and more."""
-    heads = [LinearHead.from_model(student)]
+    sizes = [vocabulary_of(student)]
     if isinstance(teacher, Ensemble):
-        heads += teacher.heads()
+        sizes += teacher.vocabularies()
     else:
-        heads.append(teacher.head() if hasattr(teacher, "as_it_was") else LinearHead.from_model(teacher))
-    sizes = [len(head.weight) for head in heads]
+        sizes.append(vocabulary_of(teacher.model if hasattr(teacher, "as_it_was") else teacher))
     if vocab_size is None and len(set(sizes)) > 1:
         raise ValueError(
             f"expected heads of one vocabulary size; got student {sizes[0]} and teacher "
@@ -193,7 +201,7 @@ def check_vocabularies(student: Any, teacher: Any, vocab_size: int | None) -> No
 
 def with_vocab_size(options: Any, student: Any, teacher: Any, *tokenizers: Any) -> Any:
     """The options, with the `shared_vocab_size` where the method has a teacher."""
-    if teacher is None or not options.resolved.needs_teacher:
+    if teacher is None or not options.resolved.needs_teacher or options.teacher_tokenizer is not None:
         return options
     vocab_size = shared_vocab_size(options.vocab_size, student, teacher, *tokenizers)
     options = copy.copy(options)
@@ -220,7 +228,7 @@ def shared_vocab_size(
     counts = [check_tokenizers(tokenizer, other, vocab_size) for other in others]
     if vocab_size is not None:
         return vocab_size
-    sizes = [len(LinearHead.from_model(model).weight) for model in (student, *models)]
+    sizes = [vocabulary_of(model) for model in (student, *models)]
     shared, own = min([*sizes, *counts]), tokenizer.get_vocab()
     padded = len(set(sizes)) > 1 and len(others) == len(found)
     if not padded and (shared == min(sizes) or all(other.get_vocab() == own for other in others)):
@@ -231,7 +239,7 @@ def shared_vocab_size(
 
 def check_ids(student: Any, options: Any, *datasets: Any) -> None:
     """Raise ValueError for a row with a token that the heads do not have, or not in common."""
-    limit = options.vocab_size or len(LinearHead.from_model(student).weight)
+    limit = options.vocab_size or vocabulary_of(student)
     for data in datasets:
         for rows in data.values() if isinstance(data, Mapping) else [data or ()]:
             highest = column(rows, "highest") if isinstance(rows, Rows) else map(_highest, rows)
@@ -240,6 +248,29 @@ def check_ids(student: Any, options: Any, *datasets: Any) -> None:
                     raise ValueError(
                         f"expected token ids below {limit}, which the models share; got {largest} in row "
                         f"{rows[i]['id']}: leave it out, or use the tokenizer of the models"
+                    )
+
+
+def check_aligned(teacher: Any, *datasets: Any) -> None:
+    """Raise ValueError for rows without a teacher's tokens of their own, or with one that its head does not have."""
+    (model,) = models_of(teacher)
+    limit = vocabulary_of(getattr(model, "model", model) if hasattr(model, "as_it_was") else model)
+    for data in datasets:
+        for rows in data.values() if isinstance(data, Mapping) else [data or ()]:
+            if isinstance(rows, Rows):
+                highest = column(rows, "teacher_highest")
+            else:
+                highest = [max(row["teacher_input_ids"]) if "teacher_input_ids" in row else None for row in rows]
+            for i, largest in enumerate(highest):
+                if largest is None:
+                    raise ValueError(
+                        f"expected rows with the teacher's tokens, because of teacher_tokenizer; got {rows[i]['id']} "
+                        "without: pass the examples, or encode(..., alignment=...)"
+                    )
+                if largest >= limit:
+                    raise ValueError(
+                        f"expected the teacher's token ids below {limit}, the rows of its head; got {largest} in row "
+                        f"{rows[i]['id']}: correct teacher_tokenizer"
                     )
 
 
@@ -252,15 +283,25 @@ def check_student(student: Any) -> None:
     if not any(p.requires_grad for p in student.parameters()):
         raise ValueError("expected a student with trainable parameters; all are frozen: call requires_grad_()")
     check_trained_dtypes("student", student)
-    check_head(student, "student")
+    if not is_elsewhere(student):
+        check_head(student, "student")
 
 
 def check_packed(options: Any, student: Any, teacher: Any) -> None:
     """Raise ValueError for a model whose rows on one line of a packed batch would see one another."""
-    if options.packing:
+    if options.packing and not is_elsewhere(student):
         check_packing(student, "student")
         for model in (m.model if hasattr(m, "as_it_was") else m for m in models_of(teacher) if m is not None):
             check_packing(model, "teacher")
+
+
+def check_models(options: Any, student: Any, teacher: Any) -> None:
+    """Raise ValueError for what shows in a forward of whole models: heads that do more than a product, lines of rows."""
+    for name, model in (("student", student), ("teacher", getattr(teacher, "model", None))):
+        if model is not None:
+            check_head(model, name)
+            if options.packing:
+                check_packing(model, name)
 
 
 def check_trained_dtypes(name: str, model: nn.Module) -> None:
@@ -335,7 +376,8 @@ def check_writers(options: Any, student: Any, teacher: Any) -> None:
     models = {"student": student, "teacher": getattr(teacher, "model", None)}
     for name in WRITERS.get(policy, ()):
         model = models[name]
-        if model is None or not recurrent_layers(model):
+        by_server = name == "student" and options.rollout_url is not None
+        if model is None or by_server or not recurrent_layers(model):
             continue
         if policy is sampling.interleaved:
             Decoder(model, 1, rollback=True)
@@ -373,7 +415,8 @@ def warn_of_slow_products(models: Sequence[Any], options: Any) -> None:
 
 def warn_of_long_rows(models: Sequence[Any], rows: Sequence[Row]) -> None:
     """Learned position embeddings end in an index error there, on a GPU in one that names no index."""
-    longer = [0] if all(prompt is None for prompt in column(rows, "teacher_prompt")) else map(_longer_prompt, rows)
+    is_told = any(x is not None for name in ("teacher_prompt", "teacher_input_ids") for x in column(rows, name))
+    longer = map(_longer_prompt, rows) if is_told else [0]
     longest = max(lengths_of(rows), default=0) + max(longer, default=0)
     limit = min((n for n in map(position_limit, models) if n is not None), default=longest)
     if longest > limit:
@@ -384,35 +427,40 @@ def warn_of_long_rows(models: Sequence[Any], rows: Sequence[Row]) -> None:
 
 
 def _longer_prompt(row: Row) -> int:
-    """Tokens by which the teacher's prompt is longer than the student's."""
+    """Tokens by which the teacher's prompt is longer than the student's, or its row in tokens of its own."""
+    if "teacher_input_ids" in row:
+        return max(0, len(row["teacher_input_ids"]) - len(row["input_ids"]))
     return max(0, len(row["teacher_prompt"]) - start_of_response(row)) if "teacher_prompt" in row else 0
 
 
-def refuse_sharded(trainer: Any, resuming: bool) -> None:
-    """Raise ValueError for what wants whole models on each process."""
-    args = trainer.args
-    if resuming and trainer.is_fsdp_enabled:
+def refuse_sharded(trainer: Any) -> None:
+    """Raise ValueError for what wants whole models on each process, or another way to divide them."""
+    args, method, is_deepspeed = trainer.args, trainer.args.resolved, trainer.is_deepspeed_enabled
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError(
-            "expected whole models on each process to resume; got FSDP's shards: start anew from the checkpoint's "
-            "student and adapter, or use DDP"
+            "expected FSDP2; got FSDP1, which flattens weights of both models into one: set fsdp_version: 2 in "
+            "accelerate's configuration"
         )
     if args.student_save == "merged" and trainer.is_sharded:
         raise ValueError(
             "expected whole models on each process to merge the student's LoRA; got sharded ones: leave student_save "
             "out, and merge the saved adapter"
         )
-    if not trainer.sampler.is_idle and trainer.is_sharded:
+    if trainer.is_sharded and isinstance(trainer.pair.selection, Policy):
         raise ValueError(
-            f"expected whole models on each process with method {args.resolved.name}, which samples responses of "
-            "unequal lengths; got sharded ones, which would wait for one another for ever: use DDP"
+            f"expected whole models on each process with method {method.name}, whose policy ascends by itself after "
+            "each update; got sharded ones: use DDP, or gated_ensemble"
         )
-    if trainer.is_fsdp_enabled:
-        kind = str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
-        if "FULL_STATE_DICT" not in kind:  # Trainer.save_model would silently save nothing
-            raise ValueError(
-                f"expected FSDP with state_dict_type FULL_STATE_DICT, from which the student is saved; got {kind}: "
-                "set it in fsdp_config, or as fsdp_state_dict_type in accelerate's configuration"
-            )
+    if is_deepspeed and (method.alternating or (args.online and args.online_start > 0)):
+        raise ValueError(
+            "expected both sides to learn at every step under DeepSpeed, which moves a side without a gradient by its "
+            f"momentum; got {'alternating' if method.alternating else 'online_start'}: leave it out, or use FSDP2"
+        )
+    if trainer.is_sharded and is_deepspeed and isinstance(trainer.pair.teacher, Averaged):
+        raise ValueError(
+            "expected a self-teacher of the student's own weights under ZeRO-3, whose checkpoints leave out weights "
+            "that do not train; got an average: use FSDP2"
+        )
 
 
 def stop(step: int, output_dir: str, losses: Sequence[tuple[list[str], Any]], finite: Sequence[bool]) -> None:

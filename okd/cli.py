@@ -206,28 +206,44 @@ def _suggest(name: str, known: set[str]) -> str:
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    from okd.cluster import CARDS, SHARDINGS
+
     parser.usage = "okd plan METHOD --teacher MODEL --student MODEL [options]"
     parser.epilog = "Every option of okd train is taken too. Nothing is loaded but the models' configurations."
     parser.add_argument("--gpus", type=int, metavar="N", help="plan for so many GPUs; default: this machine's device")
+    parser.add_argument("--gpu", choices=CARDS, help="which; says memory, operations and bandwidth by its data sheet")
+    parser.add_argument(
+        "--shard", choices=SHARDINGS, help="what GPUs divide of the models; default: as accelerate launch says, or ddp"
+    )
     parser.add_argument("--memory", type=float, metavar="GIB", help="of each device; default: what this machine has")
     parser.add_argument(
         "--tflops", type=float, metavar="X", help="1e12 operations a second of each device; default: measured here"
     )
+    parser.add_argument("--bandwidth", type=float, metavar="X", help="GB/s that each device receives from the others")
 
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     import torch
 
+    from okd.cluster import CARDS, EFFICIENCY, LINK_EFFICIENCY
     from okd.plan import available_memory, measured_tflops, plan
 
-    for name in ("gpus", "memory", "tflops"):
+    for name in ("gpus", "memory", "tflops", "bandwidth"):
         if getattr(options, name) is not None and not getattr(options, name) > 0:
             raise ValueError(f"expected --{name} above 0; got {getattr(options, name)}")
-    elsewhere = options.gpus is not None and not torch.cuda.is_available()
+    card, n = CARDS.get(options.gpu), options.gpus if options.gpu is None else options.gpus or 1
+    elsewhere = n is not None and not torch.cuda.is_available()
     config, args = parse_train([*rest, "--use-cpu"] if elsewhere else rest)  # else no --bf16 without a GPU here
-    found = plan(config, args, None if options.gpus is None else "cuda", options.gpus)
-    memory = available_memory(found.device) if options.memory is None else options.memory * 2**30
-    print(found.table(memory, measured_tflops(found) if options.tflops is None else options.tflops))
+    found = plan(config, args, None if n is None else "cuda", n, options.shard)
+    memory, tflops, bandwidth = options.memory, options.tflops, options.bandwidth
+    if card is not None:
+        memory, tflops = memory or card.memory, tflops or EFFICIENCY * card.tflops
+        bandwidth = bandwidth or LINK_EFFICIENCY * card.link(found.devices)
+        found.notes += card.assumptions(found.devices)
+    available = (None if elsewhere else available_memory(found.device)) if memory is None else memory * 2**30
+    print(found.table(available, measured_tflops(found) if tflops is None else tflops, bandwidth))
+    if available is not None and found.peak > available:
+        print(f"* to make it fit: {found.advice(available)}")
 
 
 # --- evaluate, generate, env ---

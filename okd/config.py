@@ -11,26 +11,30 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from okd import mixup, objectives, sampling
+from okd.alignment import check_tokenizer_options
 from okd.chat import ChatOptions
 from okd.decoding import Draw
 from okd.encoding import RowOptions
+from okd.hub import check_push_options
+from okd.kept import KeptOptions
 from okd.methods import METHODS, OKD_TEACHER, DivergenceOptions, Method, readers_of
 from okd.mixup import MixupOptions
 from okd.models import find_device
-from okd.objectives import TaidOptions
+from okd.objectives import TaidOptions, TokenizerOptions
 from okd.on_policy import ContrastiveOptions, PolicyGradientOptions
 from okd.online import LoraOptions, OnlineOptions, PromptOptions, SalienceOptions
 from okd.options import check, option
+from okd.rollouts import RolloutOptions, check_rollout_options
 from okd.sampling import (
     DrawOptions,
     InterleavedOptions,
-    KeptOptions,
     LengthOptions,
     MixtureOptions,
     ReplayOptions,
     ShareOptions,
 )
 from okd.selection import PolicyOptions, SelectionOptions
+from okd.sharding import KINDS, launch_options
 from okd.student import StudentOptions, check_student_options
 from okd.teachers import PlaceOptions, SelfTeacherOptions
 from okd_kernels import DIVERGENCES, Objective
@@ -52,6 +56,7 @@ class OKDConfig(
     LoraOptions,
     PromptOptions,
     SalienceOptions,
+    TokenizerOptions,
     TaidOptions,
     MixupOptions,
     SelectionOptions,
@@ -59,6 +64,7 @@ class OKDConfig(
     LengthOptions,
     DrawOptions,
     KeptOptions,
+    RolloutOptions,
     ShareOptions,
     PolicyGradientOptions,
     MixtureOptions,
@@ -91,6 +97,13 @@ class OKDConfig(
     )
     vocab_size: int | None = option(None, "columns shared by both heads where they are padded differently")
 
+    shard: str | None = option(
+        None,
+        "how processes that torchrun has started divide the models: fsdp2, zero2 (gradients and optimizer alone) or "
+        "zero3, as okd/launch/*.yaml say to accelerate launch",
+        choices=KINDS,
+    )
+
     # transformers' options whose defaults differ here
     learning_rate: float = option(2e-4, "peak learning rate of the student")
     lr_scheduler_type: str = option("linear", "schedule of the learning rates")
@@ -98,6 +111,7 @@ class OKDConfig(
     logging_steps: float = option(10, "steps between log entries, each of a few more forward passes of one batch")
     logging_first_step: bool = option(True, "log the first step too, so that even a short run has a curve")
     logging_nan_inf_filter: bool = option(False, "keep NaN out of the log; here a NaN stops the run instead")
+    hub_strategy: str = option("end", "when push_to_hub pushes the student: end, or every_save, too")
     remove_unused_columns: bool = option(False, "drop columns of the data; here the collator needs them")
     report_to: None | str | list[str] = option(  # noqa: RUF036  (HfArgumentParser wants this order)
         "none", "integrations that receive the log (tensorboard, wandb, ...)"
@@ -110,6 +124,7 @@ class OKDConfig(
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             # transformers takes greater for better in all but losses; here that is agreement alone
             self.greater_is_better = "agreement" in self.metric_for_best_model
+        self._divide()
         super().__post_init__()
         if self.n_gpu > 1:  # DataParallel would cut `positions`, which count rows of the whole batch, into pieces
             if self.teacher_device is None:
@@ -142,7 +157,19 @@ class OKDConfig(
         return self._resolved.teacher is not None
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "method": self._resolved.name}
+        given = {**super().to_dict(), "method": self._resolved.name}
+        return {k: v for k, v in given.items() if self.shard is None or k not in ("fsdp", "fsdp_config", "deepspeed")}
+
+    def _divide(self) -> None:
+        if self.shard is None:
+            return
+        if self.shard not in KINDS or self.fsdp or self.deepspeed:
+            raise ValueError(
+                f"expected shard to be one of {', '.join(KINDS)}, without fsdp or deepspeed beside it; got {self.shard!r}"
+                f", fsdp={self.fsdp} and deepspeed={self.deepspeed}: choose one"
+            )
+        for name, value in launch_options(self.shard).items():
+            setattr(self, name, value)
 
     def _resolve(self) -> Method:
         method = self.method if isinstance(self.method, Method) else METHODS[self.method]
@@ -254,6 +281,9 @@ class OKDConfig(
                 f"expected average_decay with self_teacher=average; got {self.average_decay} without: leave it out"
             )
         check_student_options(self)
+        check_tokenizer_options(self)
+        check_push_options(self)
+        check_rollout_options(self)
         self._check_generation(method)
 
     def _check_generation(self, method: Method) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from okd.chat import IGNORE
 
 DATASET, STUDENT, TEACHER, BOTH, TEXT = "dataset", "student", "teacher", "both", "text"  # who wrote a row's response
+ALIGNED = ("teacher_input_ids", "teacher_labels", "aligned", "teacher_aligned")  # of a row
 WINDOW = 1000  # rows of a stream that are packed together
 OWN = (STUDENT, BOTH)  # the student's words, in part at least: no references, and so no labels of a cross-entropy
 
@@ -32,12 +33,16 @@ class Row(TypedDict):
     writer: NotRequired[str]  # DATASET where it is not given; TEXT is plain text of a second data set
     teacher: NotRequired[str]  # name of the teacher, out of several
     teacher_prompt: NotRequired[list[int]]  # what the teacher reads in place of all before the response
+    teacher_input_ids: NotRequired[list[int]]  # the row in the tokens of a teacher that has others: `okd.alignment`
+    teacher_labels: NotRequired[list[int]]
+    aligned: NotRequired[list[int]]  # response tokens before which the teacher has read the same text,
+    teacher_aligned: NotRequired[list[int]]  # and those of the teacher's that it has yet to read there
 
 
 class Rows(Sequence[Row]):
     """Rows on disk: a `datasets.Dataset` of records, see `okd.encoding.FEATURES`."""
 
-    FIELDS = ("id", "input_ids", "labels", "teacher", "teacher_prompt")
+    FIELDS = ("id", "input_ids", "labels", "teacher", "teacher_prompt", *ALIGNED)
 
     def __init__(self, records: Any):
         self.records, self.table = records, records.select_columns(list(self.FIELDS))
@@ -89,6 +94,11 @@ class Batch(TypedDict):
     teacher_attention_mask: NotRequired[Tensor]
     teacher_positions: NotRequired[Tensor]  # (N,)
     teacher_spans: NotRequired[list[Span]]
+    # of a teacher with a tokenizer of its own, whose N' response tokens are others; `teacher_positions` are N', too
+    teacher_labels: NotRequired[Tensor]
+    teacher_targets: NotRequired[Tensor]  # (N',)
+    teacher_counts: NotRequired[list[int]]
+    aligned: NotRequired[Tensor]  # (2, M) indices into the N and into the N', of one text each
 
 
 def on_device(batch: Any, device: Any) -> Batch:
@@ -127,11 +137,26 @@ def rows_of(batch: Batch) -> list[Row]:
             row["writer"] = batch["writers"][i]
         if (teacher := batch["teachers"][i]) is not None:
             row["teacher"] = teacher
-    if "teacher_input_ids" in batch:
+    if "aligned" in batch:
+        _rows_of_teacher(batch, rows)
+    elif "teacher_input_ids" in batch:
         told = zip(rows, batch["teacher_input_ids"].tolist(), batch["teacher_spans"], strict=True)
         for row, ids, (_, _, n) in told:
             row["teacher_prompt"] = ids[: n - (len(row["input_ids"]) - start_of_response(row))]
     return rows
+
+
+def _rows_of_teacher(batch: Batch, rows: list[Row]) -> None:
+    ids, labels = batch["teacher_input_ids"].tolist(), batch["teacher_labels"].tolist()
+    firsts = [0, *accumulate(batch["counts"])]
+    pairs = list(zip(*batch["aligned"].tolist(), strict=True))
+    at, of_teacher = batch["positions"].tolist(), batch["teacher_positions"].tolist()
+    widths = batch["input_ids"].shape[1], len(ids[0])
+    for i, (row, (_, _, n)) in enumerate(zip(rows, batch["teacher_spans"], strict=True)):
+        own = [pair for pair in pairs if firsts[i] <= pair[0] < firsts[i + 1]]
+        row["teacher_input_ids"], row["teacher_labels"] = ids[i][:n], labels[i][:n]
+        row["aligned"] = [at[a] % widths[0] + 1 for a, _ in own]
+        row["teacher_aligned"] = [of_teacher[b] % widths[1] + 1 for _, b in own]
 
 
 def batch_rows(batch: Batch, rows: list[int]) -> Batch:
@@ -212,7 +237,9 @@ class Collator:
         }
         if any(isinstance(line, list) for line in given):
             batch["position_ids"] = position_ids
-        if any("teacher_prompt" in row for row in rows):
+        if any("aligned" in row for row in rows):
+            batch |= self._of_teacher(rows, batch)
+        elif any("teacher_prompt" in row for row in rows):
             starts = [start_of_response(row) for row in rows]
             prompts = [
                 row.get("teacher_prompt", row["input_ids"][:start]) for row, start in zip(rows, starts, strict=True)
@@ -228,6 +255,32 @@ class Collator:
                 "teacher_spans": [(i, 0, len(sequence)) for i, sequence in enumerate(sequences)],
             }
         return batch
+
+    def _of_teacher(self, rows: Sequence[Row], batch: Batch) -> Any:
+        """The rows as a teacher with a tokenizer of its own reads them, each on a line, as the student's are."""
+        ids, mask = self._padded([row["teacher_input_ids"] for row in rows])
+        labels = torch.full_like(ids, IGNORE)
+        for i, row in enumerate(rows):
+            labels[i, 1 : len(row["teacher_labels"])] = torch.tensor(row["teacher_labels"][1:])
+        at, t = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        index = {pair: n for n, pair in enumerate(zip(at.tolist(), t.tolist(), strict=True))}
+        width = batch["input_ids"].shape[1]
+        own = {position: n for n, position in enumerate(batch["positions"].tolist())}
+        pairs = [
+            (own[i * width + a - 1], index[i, b - 1])
+            for i, row in enumerate(rows)
+            for a, b in zip(row["aligned"], row["teacher_aligned"], strict=True)
+        ]
+        return {
+            "teacher_input_ids": ids,
+            "teacher_attention_mask": mask,
+            "teacher_positions": at * ids.shape[1] + t,
+            "teacher_spans": [(i, 0, len(row["teacher_input_ids"])) for i, row in enumerate(rows)],
+            "teacher_labels": labels,
+            "teacher_targets": labels[at, t + 1],
+            "teacher_counts": at.bincount(minlength=len(rows)).tolist(),
+            "aligned": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).t().contiguous(),
+        }
 
     def _padded(self, sequences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         multiple = self.pad_to_multiple_of or 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,6 +178,7 @@ def write(
     gamma: int = ROUND,
     top_k: int = 0,
     share: float = 0.0,
+    together: Callable[[int], int] = int,  # the largest of a number of each process that writes in step with this one
 ) -> Written:
     """Responses that `model` samples; with a teacher, by SKD's interleaved sampling (arXiv 2410.11325, Alg. 1), or,
     where that has a `share` a, from (1 - a) q + a p (MiniLLM, arXiv 2306.08543, Eq. 6).
@@ -199,7 +200,7 @@ def write(
         )
     rows = _Rows(decoders, prompts, limits, torch.tensor(sorted(ends), dtype=torch.long, device=device), gamma)
     uniforms = _uniforms(seeds, limits).to(device)
-    remaining = max(limits)
+    remaining = together(max(limits))
     while remaining:
         g = min(gamma, remaining)
         places = rows.places(g).clamp(max=uniforms.shape[2] - 1)
@@ -209,6 +210,7 @@ def write(
         if judges:
             draft, students = rows.mend(draft, grown, top_k, teacher_draw, theirs)
         added, remaining = rows.take(draft, students)
+        remaining = together(remaining)
         if not judges:  # rows that have ended write on, past what counts
             rows.mask, rows.last = grown, draft[:, -1:]
         elif remaining:

@@ -24,10 +24,12 @@ import transformers
 from datasets import Features, List, Value
 from transformers.utils import logging
 
+from okd import alignment as of_alignment
 from okd import chat
 from okd import examples as of_examples
+from okd.alignment import Alignment, cut_at
 from okd.chat import IGNORE
-from okd.data import Packed, Row, Rows, column, lengths_of, packed_windows
+from okd.data import ALIGNED, Packed, Row, Rows, column, lengths_of, packed_windows
 from okd.examples import encode_one, id_of, in_our_words, parse, place_of, teacher_prompt_of, template_of, without_none
 from okd.options import option
 
@@ -62,9 +64,12 @@ FEATURES = Features(
         "labels": List(Value("int32")),
         "teacher": Value("string"),
         "teacher_prompt": List(Value("int32")),
+        **{name: List(Value("int32")) for name in ALIGNED},
         "length": Value("int32"),  # tokens of the row
         "responses": Value("int32"),  # of which are response
         "highest": Value("int32"),  # id of its tokens, and of the teacher's prompt
+        "positions": Value("int32"),  # aligned with those of a teacher with a tokenizer of its own
+        "teacher_highest": Value("int32"),  # id of the tokens of such a teacher
         "part": Value("int32"),  # 0 in the first record of an example
         "place": Value("float64"),  # of the example by its prompt, in [0, 1): see `place_of`
         "prompt": Value("string"),  # as the data have it
@@ -128,6 +133,10 @@ class Encoded:
         parts = [f"{len(self.rows):,} examples, {sum(lengths_of(self.rows)):,} tokens ({responses:,} response)"]
         if self.truncated:
             parts.append(f"truncated {len(self.truncated):,}")
+        is_stored = isinstance(self.rows, Rows)
+        aligned = column(self.rows, "positions") if is_stored else [len(row.get("aligned", ())) for row in self.rows]
+        if positions := sum(n or 0 for n in aligned):
+            parts.append(f"{positions:,} positions aligned with the teacher's tokens")
         bad = list(self.bad.items())
         parts += [f"skipped {_counted(ids)}: {reason}" for reason, ids in bad[:5]]
         if len(bad) > 5:  # a reason quotes the example, so there may be as many
@@ -161,6 +170,7 @@ def encode(
     template_kwargs: Mapping[str, Any] | None = None,
     ends: Collection[int] = (),
     max_bad_share: float = 0.01,
+    alignment: Alignment | None = None,
 ) -> Encoded:
     """Rows whose labels equal input_ids on response tokens and -100 elsewhere, cut on the right to max_length.
 
@@ -171,12 +181,18 @@ def encode(
         None   True if the tokenizer has a chat template, else False
     template_kwargs: variables of the template. `ends`: ids that end a response at generation, beside the tokenizer's.
     "text" is never rendered: [bos] + text + eos is all response. Rows pass through, under the same rules.
+    `alignment`: with a teacher that has a tokenizer of its own, whose tokens each row then carries, too.
 
     An example that cannot be encoded is left out, and counted by reason. Raises ValueError if more than `max_bad_share`
     of them are, or if none has a response token.
     """
     encoder = Encoder(
-        tokenizer, max_length=max_length, chat_template=chat_template, template_kwargs=template_kwargs, ends=ends
+        tokenizer,
+        max_length=max_length,
+        chat_template=chat_template,
+        template_kwargs=template_kwargs,
+        ends=ends,
+        alignment=alignment,
     )
     return Encoded.of(encoder.records(examples), max_bad_share)
 
@@ -197,9 +213,10 @@ class Encoder:
         template_kwargs: Mapping[str, Any] | None = None,
         ends: Collection[int] = (),
         columns: Mapping[str, str] | None = None,
+        alignment: Alignment | None = None,
     ):
         self.tokenizer, self.max_length, self.columns = tokenizer, max_length, dict(columns or {})
-        self.template = template_of(tokenizer, chat_template, ends, template_kwargs)
+        self.template, self.alignment = template_of(tokenizer, chat_template, ends, template_kwargs), alignment
         self.options = (max_length, chat_template, sorted(ends), sorted(self.columns.items()))
 
     def __call__(self, example: Any, name: str) -> list[dict[str, Any]]:
@@ -212,7 +229,13 @@ class Encoder:
         empty = {**dict.fromkeys(FEATURES), **empty, "truncated": False}
         try:
             rows, notes = encode_one(example, self.tokenizer, self.template)
-            teacher_prompt = teacher_prompt_of(example, [labels for _, labels in rows], self.tokenizer, self.template)
+            if self.alignment is None:
+                labels = [labels for _, labels in rows]
+                teacher_prompt = teacher_prompt_of(example, labels, self.tokenizer, self.template)
+                told: Sequence[dict[str, list[int]] | None] = [None] * len(rows)
+            else:
+                teacher_prompt = None
+                rows, told = self.alignment.rows(example, rows)
         except (ValueError, TypeError, jinja2.TemplateError) as error:
             return [{**empty, "bad": _stored(str(error))}]
         given, records = example.get("prompt"), []
@@ -222,13 +245,13 @@ class Encoder:
             "prompt": given if isinstance(given, str) else None,
             "notes": "\n".join(dict.fromkeys(notes)) or None,
         }
-        for part, (ids, labels) in enumerate(rows):
+        for part, ((ids, labels), of_teacher) in enumerate(zip(rows, told, strict=True)):
             record = {**empty, **common, "id": name if len(rows) == 1 else f"{name}#{part + 1}", "part": part}
-            record |= self._cut(ids, labels)
+            record |= self._cut(ids, labels, of_teacher)
             records.append({**record, "highest": max([*record["input_ids"], *(teacher_prompt or ())], default=0)})
         return records
 
-    def _cut(self, ids: list[int], labels: list[int]) -> dict[str, Any]:
+    def _cut(self, ids: list[int], labels: list[int], told: dict[str, list[int]] | None) -> dict[str, Any]:
         cut = len(ids) > self.max_length
         ids, labels = ids[: self.max_length], labels[: self.max_length]
         labels[:1] = [IGNORE]  # no position comes before the first token to predict it
@@ -236,7 +259,14 @@ class Encoder:
         if not responses:
             where = f" in the first {self.max_length:,}" if cut else ""
             return {"skipped": f"without response token{where}"}
-        return {"input_ids": ids, "labels": labels, "length": len(ids), "responses": responses, "truncated": cut}
+        found = {"input_ids": ids, "labels": labels, "length": len(ids), "responses": responses, "truncated": cut}
+        if told is None:
+            return found
+        told = cut_at(told, self.max_length)
+        if not told["aligned"]:
+            return {"skipped": "without position aligned with the teacher's tokens"}
+        numbers = {"positions": len(told["aligned"]), "teacher_highest": max(told["teacher_input_ids"])}
+        return {**found, **told, **numbers}
 
     def stream(self, examples: Iterable[Any]) -> Iterator[dict[str, Any]]:
         """The records of examples that come one after the other, which are called #0, #1, ..."""
@@ -282,16 +312,23 @@ class Encoder:
 
     def fingerprint(self, examples: datasets.Dataset, name: str) -> str:
         """Of the examples and of what becomes of them: the tokenizer, its template, the options, and this code."""
-        tokenizer, template = self.tokenizer, self.template
-        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-        vocabulary: Any = sorted(tokenizer.get_vocab().items())
-        if backend is not None:  # calls leave truncation and padding behind
-            vocabulary = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
-        parts: list[Any] = [examples._fingerprint, name, vocabulary, tokenizer.special_tokens_map, self.options]
-        parts += [None if template is None else (template.now, sorted(map(repr, template.kwargs.items())))]
-        parts += [tokenizer.chat_template, transformers.__version__]
-        parts += [Path(module).read_text() for module in (__file__, str(of_examples.__file__), str(chat.__file__))]
+        parts: list[Any] = [examples._fingerprint, name, self.options, transformers.__version__]
+        parts += _identity(self.tokenizer, self.template)
+        if self.alignment is not None:
+            parts += _identity(self.alignment.tokenizers[1], self.alignment.template)
+            parts += [sorted(self.alignment.ends), sorted(self.alignment.teacher_ends)]
+        modules = (__file__, of_examples.__file__, chat.__file__, of_alignment.__file__)
+        parts += [Path(str(module)).read_text() for module in modules]
         return hashlib.sha256(repr(parts).encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+def _identity(tokenizer: Any, template: Any) -> list[Any]:
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary: Any = sorted(tokenizer.get_vocab().items())
+    if backend is not None:  # calls leave truncation and padding behind
+        vocabulary = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+    of_template = None if template is None else (template.now, sorted(map(repr, template.kwargs.items())))
+    return [vocabulary, tokenizer.special_tokens_map, of_template, tokenizer.chat_template]
 
 
 def _stored(text: str) -> str:
@@ -351,15 +388,17 @@ class _Encoding:
             self.examples.set_epoch(epoch)
 
 
-def encoded_rows(data: Any, tokenizer: Any, options: Any, ends: Collection[int] = ()) -> Any:
+def encoded_rows(
+    data: Any, tokenizer: Any, options: Any, ends: Collection[int] = (), alignment: Alignment | None = None
+) -> Any:
     """Encoded rows, by an `OKDConfig`: a sequence, or of a mapping one of each; of an iterable data set, a `Stream`."""
     if data is None or isinstance(data, Stream):
         return data
     if isinstance(data, Mapping):
-        return {name: encoded_rows(part, tokenizer, options, ends) for name, part in data.items()}
+        return {name: encoded_rows(part, tokenizer, options, ends, alignment) for name, part in data.items()}
     if isinstance(data, Encoded):
         return data.rows
-    encoder = Encoder(tokenizer, ends=ends, **encoder_options(options))
+    encoder = Encoder(tokenizer, ends=ends, alignment=alignment, **encoder_options(options))
     if isinstance(data, torch.utils.data.IterableDataset | datasets.IterableDataset):
         return Stream(_Encoding(encoder, data), options.max_bad_share)
     with options.main_process_first(desc="encoding") if isinstance(data, datasets.Dataset) else nullcontext():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from okd.data import Batch, batch_rows, row_of_token, tokens_of
-from okd.models import check_head, head_of, is_adapter, load_model, response_rows
+from okd.models import check_head, head_of, is_adapter, load_model, response_rows, vocabulary_of
 from okd.objectives import Totals, joined
 from okd.selection import Lesson, divergences_of
 from okd.teachers import Frozen, Placed, base_of, refuse_injected
@@ -87,12 +87,9 @@ class Ensemble(Placed):
         models: list[Any] = [self.models[index] for index, _ in self.members]
         return [model.config.get_text_config().hidden_size for model in models]
 
-    def heads(self) -> list[LinearHead]:
-        found = []
-        for i in range(len(self.members)):
-            with self.active(i) as model:
-                found.append(LinearHead.from_model(model))
-        return found
+    def vocabularies(self) -> list[int]:
+        """Rows of each teacher's head."""
+        return [vocabulary_of(self.models[index]) for index, _ in self.members]
 
     # --- the protocol: the ensemble as its first teacher
 
@@ -171,6 +168,8 @@ def routed(pair: StudentTeacher, batch: Batch, totals: Totals) -> DistillationLo
             hidden, head = teachers.taught(i, batch_rows(batch, rows))
             loss = pair.distil(student[at], hidden, batch["targets"][at], totals.tokens, teacher_head=head)
             parts.append((at, loss))
+        elif pair.is_sharded:  # for the processes that have rows of its
+            teachers.taught(i, batch_rows(batch, [0]))
     loss = joined(parts)
     return loss._replace(metrics=loss.metrics | {"distillation_loss": loss.metrics["forward_kl"]})
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
@@ -24,8 +24,9 @@ from okd.data import IGNORE, Batch, Collator, Row, on_device
 from okd.encoding import encoded_rows
 from okd.meters import not_counted
 from okd.models import device_of, evaluating, head_of, response_rows
+from okd.objectives import cross_entropy_of
 from okd.teachers import as_it_was
-from okd_kernels import LinearHead, linear_distillation_loss
+from okd_kernels import LinearHead, Outcomes, linear_distillation_loss, linear_outcome_distillation_loss
 
 STATISTICS = ("student_nll", "teacher_nll", "forward_kl", "reverse_kl", "top1_agreement")  # of the loss, per token
 
@@ -38,17 +39,20 @@ def evaluate(
     *,
     batch_size: int = 8,
     vocab_size: int | None = None,
+    outcomes: tuple[Outcomes, Outcomes] | None = None,
     generate: int | None = None,
     max_new_tokens: int = 64,
     seeds: int | None = None,
     progress: bool = True,
+    in_step: bool = False,
 ) -> tuple[dict[str, float | None], list[dict[str, str]]]:
     """(metrics, answers): `divergence_metrics` of all `rows`, and ROUGE-L of answers to the first `generate` of them.
 
     `generate=None` answers every row, 0 none. It adds `rouge_l` (0 to 100; None when nothing was answered) to the
     metrics, and two counts, `rows` and `answers`. Answers are greedy; with `seeds` of 2 or more they are sampled from q
     itself (T = 1) once for each seed 0, 1, ...: `rouge_l` is then the mean over seeds, `rouge_l_std` their standard
-    deviation (of n - 1), and the answers returned are those of seed 0. Raises ValueError where `divergence_metrics`
+    deviation (of n - 1), and the answers returned are those of seed 0. `in_step`: all processes write as long as one
+    does, as models whose weights are divided want. Raises ValueError where `divergence_metrics`
     does.
     """
     if generate is not None and generate < 0:
@@ -63,6 +67,7 @@ def evaluate(
         pad_token_id=pad_token_id,
         batch_size=batch_size,
         vocab_size=vocab_size,
+        outcomes=outcomes,
         progress=progress,
     )
     sampled = seeds is not None and seeds > 1
@@ -78,6 +83,7 @@ def evaluate(
                     batch_size=batch_size,
                     progress=progress,
                     **(SAMPLED if sampled else {}),
+                    **({"synced_gpus": True} if in_step else {}),
                 )
             )
     scores = [rouge_l(a) for a in answers if a]
@@ -95,6 +101,7 @@ def divergence_metrics(
     pad_token_id: int,
     batch_size: int = 8,
     vocab_size: int | None = None,
+    outcomes: tuple[Outcomes, Outcomes] | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
     """Means over all response tokens y of `rows`, with p the *unadapted* teacher and q the student.
@@ -109,6 +116,10 @@ def divergence_metrics(
     its uncertainty UNC = 1 - p(y) (arXiv 2409.12512); `unc_median` is the largest UNC of an easy token. Tokens of equal
     UNC count as easier the earlier they come in `rows`; a single token has no halves.
 
+    Of a teacher with a tokenizer of its own (rows by an `okd.alignment.Alignment`, `outcomes` by its method of that
+    name): divergences and agreement over outcomes, as means over the aligned positions, `aligned` their number;
+    perplexities over all response tokens, of each model its own; no halves.
+
     Raises ValueError for rows without a response token or with an id outside a model's vocabulary, and if student and
     teacher are one model.
     """
@@ -116,6 +127,13 @@ def divergence_metrics(
     if not rows:
         raise ValueError("expected a row with a response token, got none; pass rows whose labels are not all -100")
     options: dict[str, Any] = {"batch_size": batch_size, "vocab_size": vocab_size, "progress": progress}
+    if teacher is not None and "aligned" in rows[0]:
+        if outcomes is None:
+            raise ValueError(
+                "expected outcomes to compare models of two tokenizers by; got None: pass those of the Alignment that "
+                "made the rows"
+            )
+        return _aligned_metrics(student, teacher, rows, outcomes, pad_token_id=pad_token_id, **options)
     tokens = torch.cat(token_statistics(student, teacher, rows, pad_token_id=pad_token_id, **options), dim=1)
     metrics = _means(tokens)
     if teacher is None:
@@ -134,6 +152,35 @@ def _means(tokens: torch.Tensor) -> dict[str, float]:  # (len(STATISTICS), n)
     mean = dict(zip(STATISTICS, tokens.mean(dim=1).tolist(), strict=True))
     perplexity, teacher_perplexity = (_exp(mean.pop(name)) for name in ("student_nll", "teacher_nll"))
     return {"perplexity": perplexity, "teacher_perplexity": teacher_perplexity, **mean}
+
+
+def _aligned_metrics(
+    student: Any, teacher: Any, rows: Sequence[Row], outcomes: tuple[Outcomes, Outcomes], **options: Any
+) -> dict[str, float]:
+    sums = dict.fromkeys(STATISTICS, 0.0)
+    counts = dict.fromkeys(STATISTICS, 0)
+    for _, batch, (student_hidden, student_head, teacher_hidden, teacher_head) in _compared(
+        student, teacher, rows, **options
+    ):
+        ours, theirs = batch["aligned"]
+        of_student, of_teacher = (of.to(ours.device) for of in outcomes)
+        loss = linear_outcome_distillation_loss(
+            *(student_hidden[ours], student_head, of_student),
+            *(teacher_hidden[theirs], teacher_head, of_teacher),
+        )
+        found = {name: loss.metrics[name] for name in STATISTICS}
+        nlls = (
+            ("student_nll", student_hidden, student_head, batch["targets"]),
+            ("teacher_nll", teacher_hidden, teacher_head, batch["teacher_targets"]),
+        )
+        for name, hidden, head, targets in nlls:
+            found[name] = cross_entropy_of(hidden, head, targets, 1.0).metrics["student_nll"]
+        for name, values in found.items():
+            sums[name] += values.double().sum().item()
+            counts[name] += len(values)
+    mean = {name: sums[name] / max(counts[name], 1) for name in STATISTICS}
+    perplexities = {"perplexity": _exp(mean.pop("student_nll")), "teacher_perplexity": _exp(mean.pop("teacher_nll"))}
+    return {**perplexities, **mean, "tokens": counts["student_nll"], "aligned": counts["forward_kl"]}
 
 
 def _exp(x: float) -> float:
@@ -157,39 +204,55 @@ def token_statistics(
 
     The teacher's online module is off. Without a teacher the student stands in for it: that takes one forward a batch.
     """
+    result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    options: dict[str, Any] = {"pad_token_id": pad_token_id, "batch_size": batch_size, "progress": progress}
+    for indices, batch, given in _compared(student, teacher, rows, vocab_size=vocab_size, **options):
+        sizes = [len(head.weight) for head in given[1::2]]
+        # compact: all rows are counted
+        loss = linear_distillation_loss(*given, batch["targets"], vocab_size=vocab_size or min(sizes), compact=False)
+        # on the CPU: one transfer a batch, and not every accelerator has float64
+        tokens = torch.stack([loss.metrics[name] for name in STATISTICS]).cpu().double()
+        for index, of_row in zip(indices, tokens.split(batch["counts"], dim=1), strict=True):
+            result[index] = of_row
+    return result
+
+
+def _compared(
+    student: Any,
+    teacher: Any,
+    rows: Sequence[Row],
+    *,
+    pad_token_id: int,
+    batch_size: int,
+    vocab_size: int | None,
+    progress: bool,
+) -> Iterator[tuple[Sequence[int], Batch, tuple[Any, LinearHead, Any, LinearHead]]]:
+    """Indices of the rows of a batch, the batch, and hidden states and head of both models."""
     if teacher is student:
         raise ValueError(
             "expected two models, got one as student and teacher; load the teacher apart, as its adapter is off here "
             "while the student's is on"
         )
     collate = Collator(pad_token_id)
-    result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     modules = [m for m in (student, teacher) if isinstance(m, torch.nn.Module)]
     with evaluating(*modules), nullcontext() if teacher is None else as_it_was(teacher) as judge:
         device = device_of(student)
         student_head = _head(student, "student", rows, device)
         teacher_head = student_head if judge is None else _head(judge, "teacher", rows, device)
-        sizes = (len(student_head.weight), len(teacher_head.weight))
-        vocab_size = min(sizes) if vocab_size is None else vocab_size
         items = list(enumerate(rows))
         for part in batches(items, lambda item: len(item[1]["input_ids"]), batch_size, "divergence", progress):
             indices, batch_rows = zip(*part, strict=True)
             batch = on_device(collate(batch_rows), device)
             student_hidden = response_rows(student, batch)
             teacher_hidden = student_hidden if judge is None else response_rows(judge, batch, as_teacher=True)
-            hiddens_and_heads = (student_hidden, student_head, teacher_hidden, teacher_head)
-            # compact: all rows are counted
-            loss = linear_distillation_loss(*hiddens_and_heads, batch["targets"], vocab_size=vocab_size, compact=False)
-            # on the CPU: one transfer a batch, and not every accelerator has float64
-            tokens = torch.stack([loss.metrics[name] for name in STATISTICS]).cpu().double()
-            for index, of_row in zip(indices, tokens.split(batch["counts"], dim=1), strict=True):
-                result[index] = of_row
-    return result
+            yield indices, batch, (student_hidden, student_head, teacher_hidden, teacher_head)
 
 
 def _head(model: PreTrainedModel, name: str, rows: Iterable[Row], device: torch.device) -> LinearHead:
     """The model's head. Raises ValueError if an id in `rows` lies outside its vocabulary, which crashes a GPU."""
-    head, largest = head_of(model, device), max(max(row["input_ids"]) for row in rows)
+    head = head_of(model, device)
+    ids = (row.get("teacher_input_ids", row["input_ids"]) if name == "teacher" else row["input_ids"] for row in rows)
+    largest = max(map(max, ids))
     if largest >= len(head.weight):
         raise ValueError(
             f"expected token ids below {len(head.weight)}, the {name}'s vocabulary size, got {largest}; use the "
@@ -202,13 +265,14 @@ class Evaluation:
     """A trainer's evaluations, by the same route as the command's."""
 
     accelerator: Any
+    alignment: Any
     args: Any
     callback_handler: Any
     control: Any
     data_collator: Any
     ends: set[int]
     eval_dataset: Any
-    is_sharded: Any
+    inside: Any
     log: Any
     meters: Any
     pair: Any
@@ -222,17 +286,12 @@ class Evaluation:
 
         `eval_loss` is KL(p || q), whatever divergence trains, so that methods compare; without a teacher that judges
         the NLL, with several ones the method's distillation loss. Of a mapping, each set under `eval_<name>_`. Raises
-        ValueError without rows, or under FSDP or ZeRO-3.
+        ValueError without rows, or of divided models before a training has begun.
         """
-        if self.is_sharded:
-            raise ValueError(
-                "expected whole models on each process to evaluate; got sharded ones: pass eval_strategy='no', and "
-                "give the saved student to okd evaluate"
-            )
         rows: Any = (
             self.eval_dataset
             if eval_dataset is None
-            else encoded_rows(eval_dataset, self.tokenizer, self.args, self.ends)
+            else encoded_rows(eval_dataset, self.tokenizer, self.args, self.ends, self.alignment)
         )
         if rows is None:
             raise ValueError("expected an eval_dataset; got None: pass one to OKDTrainer or to evaluate")
@@ -260,14 +319,17 @@ class Evaluation:
         """The metrics, without a prefix, `loss` among them; and the labels' `cross_entropy`."""
         teacher = self.pair.teacher
         with self.accelerator.autocast():
-            found = divergence_metrics(
-                self.pair.student,
-                teacher if teacher is not None and teacher.judges else None,
-                rows,
-                pad_token_id=self.tokenizer.pad_token_id,
-                batch_size=self.args.per_device_eval_batch_size,
-                vocab_size=self.args.vocab_size,
-                progress=not self.args.disable_tqdm,
+            found = self.inside(
+                lambda: divergence_metrics(
+                    self.pair.student,
+                    teacher if teacher is not None and teacher.judges else None,
+                    rows,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    batch_size=self.args.per_device_eval_batch_size,
+                    vocab_size=self.args.vocab_size,
+                    outcomes=self.pair.outcomes,
+                    progress=not self.args.disable_tqdm,
+                )
             )
         nll = math.log(found["perplexity"]) if found["perplexity"] else 0.0
         loss = found.get("forward_kl", nll)

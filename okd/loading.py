@@ -7,15 +7,19 @@ import importlib.util
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from okd.alignment import AUTO
 from okd.checks import check_number_of_teachers
 from okd.ensemble import load_ensemble, named_sources
 from okd.models import check_tokenizers, is_adapter, keep_layers, load_model, load_tokenizer, parse_layers
 from okd.options import option
+from okd.sharding import loaded_whole
 from okd_kernels import has_fast_gemm
 
 QUANTIZATIONS = ("4bit", "8bit")
@@ -84,19 +88,28 @@ def teacher_sources(config: ModelOptions, args: Any) -> dict[str, str]:
 
 def load_models(config: ModelOptions, args: Any, sources: Mapping[str, str]) -> tuple[Any, Any, Any, list[Any]]:
     """(student, teacher, tokenizer, the teachers' tokenizers), which agree."""
+    copied = config.student is None or config.student_layers is not None
+    with loaded_whole() if copied else nullcontext():  # parts of ZeRO-3 cannot be copied
+        return _load_models(config, args, sources)
+
+
+def _load_models(config: ModelOptions, args: Any, sources: Mapping[str, str]) -> tuple[Any, Any, Any, list[Any]]:
     student: Any
     teacher: Any = None
     tokenizer: Any = None
     others, tokenizers = list(sources.values()), list[Any]()
     of_student = _load_options(config, "student", args.device)
+    if is_deepspeed_zero3_enabled() and of_student["dtype"] == "auto" and args.student_lora_rank is None:
+        of_student["dtype"] = "float32"  # not cast afterwards, where each process has a part
     of_teacher = _load_options(config, "teacher", torch.device(args.teacher_device or args.device))
     if others:
         first = others.pop(0)
-        tokenizer, teacher = load_tokenizer(first), load_model(first, adapter=_adapter_mode(config), **of_teacher)
+        place = first if args.teacher_tokenizer in (None, AUTO) else args.teacher_tokenizer
+        tokenizer, teacher = load_tokenizer(place), load_model(first, adapter=_adapter_mode(config), **of_teacher)
         tokenizers.append(tokenizer)
     if config.student is not None:
         student_tokenizer = load_tokenizer(config.student)
-        if tokenizer is not None:
+        if tokenizer is not None and args.teacher_tokenizer is None:
             check_tokenizers(student_tokenizer, tokenizer, args.vocab_size)
             if not student_tokenizer.chat_template and tokenizer.chat_template:
                 print(f"{config.student} has no chat template: its teacher's is used, and saved with it")

@@ -17,14 +17,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from okd.data import Batch
+from okd.durable import writing
 from okd.models import evaluating
 from okd.online import distance_from_base
+from okd.sharding import ranks
 
 UNLOGGED = {"reverse_kl", "student_entropy", "teacher_entropy", "student_nll", "teacher_nll"}  # of a loss's metrics
-
-
-def ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def summed(x: Tensor) -> Tensor:
@@ -112,7 +110,7 @@ class LogFile:
     def write(self, entry: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        with self.path.open("a") as file:
+        with writing(self.path, self.path.parent), self.path.open("a") as file:
             file.write(json.dumps(finite) + "\n")  # JSON has no inf
 
 

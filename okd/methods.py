@@ -50,7 +50,7 @@ class Method:
         student_share: of the steps, with `responses=student`, at which the student writes.
         teacher_share: in the mixture that `responses=mixture` samples from.
         draw: temperature and cuts of sampled responses.
-        generate: when responses are written, see `okd.sampling.KeptOptions`.
+        generate: when responses are written, see `okd.kept.KeptOptions`.
         fixed_divergence: the method has its own; another one would be another method.
     """
 

@@ -18,6 +18,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from okd.sharding import shape_of
 from okd_kernels import LinearHead, has_fast_gemm
 
 if TYPE_CHECKING:
@@ -310,6 +311,13 @@ def head_of(model: Any, device: torch.device | None = None) -> LinearHead:
     return replace(head, weight=copied.weight, bias=copied.bias).to(device)
 
 
+def vocabulary_of(model: Any) -> int:
+    """Rows of its head, wherever they are."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layer = base.get_output_embeddings()
+    return LinearHead.from_model(model).weight.shape[0] if layer is None else shape_of(layer.weight)[0]
+
+
 def weights_of(model: nn.Module) -> Iterator[nn.Parameter]:
     """Every parameter once, an offloaded one in memory until the next one is asked for."""
     names = {name for name, _ in model.named_parameters()}
@@ -443,8 +451,9 @@ def check_tokenizers(
         found = [t.convert_tokens_to_ids(example) if example in t.get_vocab() else None for t in (student, teacher)]
         raise ValueError(
             f"expected student and teacher to share a tokenizer; {len({t for t, _ in differing}):,} tokens differ, "
-            f"such as {example!r} (student id {found[0]}, teacher id {found[1]}): choose models of one family, or a "
-            "vocab_size below which they agree"
+            f"such as {example!r} (student id {found[0]}, teacher id {found[1]}): choose models of one family, "
+            "teacher_tokenizer=auto to compare them where both tokenizers end at the same byte, or a vocab_size below "
+            "which they agree"
         )
     return shared
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from okd.data import OWN, TEXT, Batch, rows_written, tokens_of
 from okd.options import option, reads
 from okd.ranking import soft_rank, spearman
-from okd_kernels import DistillationLoss, Objective, linear_sparse_distillation_loss, linear_topk
+from okd_kernels import DistillationLoss, LinearHead, Objective, linear_sparse_distillation_loss, linear_topk
 
 if TYPE_CHECKING:
     from okd.pair import StudentTeacher
@@ -35,12 +35,17 @@ class Totals(NamedTuple):
     own_rows: Any  # responses that the student wrote, or drafted
     given_rows: Any  # other responses
     text_tokens: Any  # of a second data set
+    teacher_tokens: Any = 1  # response tokens of a teacher with a tokenizer of its own
+    aligned: Any = 1  # positions where it is compared with the student
 
     @classmethod
     def of(cls, batches: Sequence[Batch], reduce: Callable[[Tensor], Tensor] | None = None) -> Totals:
         """Of these batches, `reduce` summing a tensor over the ranks; 1 where there is nothing to count."""
-        counts = {"tokens": 0, "own_rows": 0, "given_rows": 0, "text_tokens": 0}
+        counts = dict.fromkeys(cls._fields, 0)
         for batch in batches:
+            if "aligned" in batch:
+                counts["teacher_tokens"] += len(batch["teacher_targets"])
+                counts["aligned"] += batch["aligned"].shape[1]
             for writer, n in zip(batch["writers"], batch["counts"], strict=True):
                 if writer == TEXT:
                     counts["text_tokens"] += n
@@ -58,8 +63,22 @@ Loss = Callable[["StudentTeacher", Batch, Totals], DistillationLoss]
 # --- one teacher, frozen or online
 
 
+@dataclass
+class TokenizerOptions:
+    """Read by methods with a divergence from one teacher."""
+
+    teacher_tokenizer: str | None = option(
+        None,
+        "of a teacher whose tokenizer is not the student's: auto (the one beside the teacher), hub id or directory; "
+        "the models are then compared where both tokenizers end at the same byte; default: they share one",
+    )
+
+
+@reads(TokenizerOptions)
 def divergence(pair: StudentTeacher, batch: Batch, totals: Totals) -> DistillationLoss:
     """The student's divergence from its teacher, and the teacher's loss where it learns (OKD, Eq. 16 and 17)."""
+    if "aligned" in batch:
+        return aligned_divergence(pair, batch, totals)
     return distil_rows(pair, batch, pair.student_rows(batch), pair.teacher_rows(batch), totals.tokens)
 
 
@@ -81,6 +100,29 @@ def distil_rows(
         loss = pair.distil(rows[at], teacher_rows[at], batch["targets"][at], normalizer, **chosen, **options)
         parts.append((at, loss))
     return joined(parts)
+
+
+def aligned_divergence(pair: StudentTeacher, batch: Batch, totals: Totals) -> DistillationLoss:
+    """The same of a teacher with a tokenizer of its own: divergences over outcomes (`okd.alignment`), as means over the
+    aligned positions; cross-entropies as means over all response tokens, of each model its own."""
+    student, teacher = pair.student_rows(batch), pair.teacher_rows(batch)
+    objectives: dict[str, Any] = {"student": pair.student_objective, "teacher": pair.teacher_objective}
+    loss = pair.distil_aligned(student, teacher, batch, totals.aligned, **without_ce(objectives))
+    losses = {"student": loss.student, "teacher": loss.teacher}
+    sides = {
+        "student": (student, pair.student_head, batch["targets"], batch["counts"], totals.tokens),
+        "teacher": (teacher, pair.teacher_head, batch["teacher_targets"], batch["teacher_counts"], totals.teacher_tokens),
+    }
+    for side, (rows, head, targets, counts, normalizer) in sides.items():
+        if objectives[side] is None or not objectives[side].ce_weight:
+            continue
+        is_given = [writer not in OWN for writer in batch["writers"]]
+        weights = torch.tensor(is_given, dtype=torch.float32).repeat_interleave(torch.tensor(counts))
+        weights = weights.to(targets.device, non_blocking=True)
+        options = {"ce_weight": objectives[side].ce_weight, "token_weights": weights}
+        ce = cross_entropy_of(rows, head(), targets, normalizer, **options)
+        losses[side] = losses[side] + ce.student
+    return loss._replace(**losses)
 
 
 def rows_written_otherwise(batch: Batch, rows: Sequence[int]) -> list[int]:
@@ -116,16 +158,23 @@ def nll(
     pair: StudentTeacher, student: Tensor, targets: Tensor, normalizer: Any, ce_weight: float = 1.0, **options: Any
 ) -> DistillationLoss:
     """Cross-entropy of the student's rows (N, D), chunk by chunk, `token_weights` of either sign."""
+    options = {"ce_weight": ce_weight, "vocab_size": pair.options.vocab_size, **options}
+    return cross_entropy_of(student, pair.student_head(), targets, normalizer, **options)
+
+
+def cross_entropy_of(
+    rows: Tensor, head: LinearHead, targets: Tensor, normalizer: Any, ce_weight: float = 1.0, **options: Any
+) -> DistillationLoss:
+    """Of any model's rows (N, D)."""
     unused = targets.unsqueeze(1)
     return linear_sparse_distillation_loss(
-        student,
-        pair.student_head(),
+        rows,
+        head,
         unused,
         torch.zeros_like(unused, dtype=torch.float32),
         targets,
         student=Objective(weight=0.0, ce_weight=ce_weight),
         normalizer=normalizer,
-        vocab_size=pair.options.vocab_size,
         compact=False,
         **options,
     )

@@ -311,7 +311,11 @@ def distance_from_base(pair: StudentTeacher, batch: Batch, totals: Totals | None
     with pair.teacher.as_it_was() as model:
         base, base_head = response_rows(model, batch, as_teacher=True), head_of(model, targets.device)
     options: dict[str, Any] = {"teacher": None, "teacher_head": base_head, "temperature": 1.0}  # as in evaluations
-    loss = pair.distil(pair.student_rows(batch), base, targets, **options)
+    if "aligned" in batch:
+        loss = pair.distil_aligned(pair.student_rows(batch), base, batch, **options)
+        targets = batch["teacher_targets"]
+    else:
+        loss = pair.distil(pair.student_rows(batch), base, targets, **options)
     if not pair.teacher.learns:
         return loss
     shift = pair.distil(pair.teacher_rows(batch), base, targets, student_head=pair.teacher_head(), **options).metrics

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from okd.data import Batch
@@ -14,7 +15,14 @@ from okd.models import device_of, response_rows
 from okd.objectives import Loss, Totals
 from okd.routers import Routers
 from okd.selection import Selection
-from okd_kernels import DistillationLoss, LinearHead, Objective, linear_distillation_loss
+from okd_kernels import (
+    DistillationLoss,
+    LinearHead,
+    Objective,
+    Outcomes,
+    linear_distillation_loss,
+    linear_outcome_distillation_loss,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +39,8 @@ class StudentTeacher(nn.Module):
         student_learns: at this step; else its loss is a value without gradient.
         selection: what weighs or selects among several teachers.
         is_replicated: DDP wraps it, which wants a gradient of every parameter at every step.
+        is_sharded: each process holds a part of its weights (`okd.sharding`).
+        outcomes: what student and teacher are compared by, where they have tokenizers of their own (`okd.alignment`).
     """
 
     accepts_loss_kwargs = True  # tells Trainer that the loss is divided by the tokens of the whole (accumulated) batch
@@ -44,7 +54,8 @@ class StudentTeacher(nn.Module):
         self.loss: Any = method.loss(options) if isinstance(method.loss, type) else method.loss
         self.seed, self.progress, self.progress_after = (options.seed, 0), 0.0, 0.0
         self.teacher_objective: Objective | None = method.teacher
-        self.student_learns, self.is_replicated = True, False
+        self.student_learns, self.is_replicated, self.is_sharded = True, False, False
+        self.outcomes: tuple[Outcomes, Outcomes] | None = None
         self.routers = Routers(student, options.router_aux_loss_coef)
         self.selection: Selection | None = None
         if method.selection is not None and teacher is not None:
@@ -75,12 +86,27 @@ class StudentTeacher(nn.Module):
         sides = ((self.student, self.student_learns), (self.teacher, self.teacher_objective is not None))
         return [p for m, learns in sides if m is not None and not learns for p in m.parameters() if p.requires_grad]
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Decoder layers, as their models name them: FSDP2 makes a unit of each."""
+        below = [module for module in self.modules() if module is not self]
+        named = {name for module in below for name in getattr(module, "_no_split_modules", None) or ()}
+        return sorted(named & {type(module).__name__ for module in below})
+
+    def tie_weights(self) -> None:
+        """What is one weight under two names is so again, where FSDP2 has sent all under their names."""
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                module.tie_weights()
+
     def forward(
         self,
-        batch: Batch,
+        batch: Batch | Callable[[], Any],  # or what is to be done where all weights are whole: `Sharded.inside`
         totals: Totals | None = None,  # of the optimizer step; None: of this batch alone
         loss: Loss | None = None,  # in place of the method's
-    ) -> DistillationLoss:
+    ) -> Any:  # DistillationLoss, or what the callable returned
+        if callable(batch):
+            return batch()
         totals = Totals.of([batch]) if totals is None else totals
         chosen: Loss = loss or self.loss
         if self.routers.coefficient and self.training and self.student_learns and torch.is_grad_enabled():
@@ -136,6 +162,30 @@ class StudentTeacher(nn.Module):
             targets,
             normalizer=normalizer,
             **{**defaults, **options},
+        )
+
+    def distil_aligned(
+        self,
+        student_hidden: Tensor,  # (N, D_s)
+        teacher_hidden: Tensor,  # (N', D_t)
+        batch: Batch,
+        normalizer: Tensor | float | None = None,
+        teacher_head: LinearHead | None = None,
+        **options: Any,
+    ) -> DistillationLoss:
+        """The divergence of both models' outcomes at the batch's M aligned positions, as `distil` is that of tokens."""
+        ours, theirs = batch["aligned"]
+        assert self.outcomes is not None
+        self.outcomes = self.outcomes[0].to(ours.device), self.outcomes[1].to(ours.device)
+        return linear_outcome_distillation_loss(
+            student_hidden.index_select(0, ours),
+            self.student_head(),
+            self.outcomes[0],
+            teacher_hidden.index_select(0, theirs),
+            self.teacher_head() if teacher_head is None else teacher_head,
+            self.outcomes[1],
+            normalizer=normalizer,
+            **{"temperature": self.options.temperature, **options},
         )
 
     def after_update(self, loss: float | None) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """What a run needs, from shapes alone: memory by part and the work of a step, before any weight is loaded.
 
 Memory has two peaks, of which the higher counts: at the end of the forward pass, whose activations wait, and at the
-optimizer's step, when all gradients are there. Between them activations go as gradients come.
+optimizer's step, when all gradients are there. Between them activations go as gradients come. Where devices divide the
+models, each gathers what it needs for a moment, and a step's time is that of products and of transfers (`okd.cluster`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from okd import mixup, sampling
+from okd.cluster import SHARDINGS, SLACK, Cluster, sharding_of
 from okd.loading import _given_options, teacher_sources
 from okd.models import find_device, is_adapter, keep_layers, parse_layers
 from okd.online import online_config
@@ -48,11 +50,12 @@ class Part(NamedTuple):
 
 @dataclass
 class Plan:
-    """Memory and work of each process of a run, which has its own device; as DDP has them, where there are several.
+    """Memory, work and transfers of each process of a run, which has its own device.
 
     Attributes:
         parts, elsewhere: on the device, and on another one (`teacher_device`).
         flops: of one optimizer step; attention_flops: those of them that grow with the square of the length.
+        traffic: bytes that a device receives in one optimizer step, and sends as many.
         parameters: how many, by model, and how many of them train.
         tokens: of one optimizer step, in rows of full length, all of which are taken to be response tokens.
         layer: configuration of one of the student's layers; rows: (B, T); autocast: dtype of the products, or None.
@@ -62,12 +65,14 @@ class Plan:
     devices: int
     autocast: torch.dtype | None
     rows: tuple[int, int]
+    sharding: str = "ddp"  # of `okd.cluster.SHARDINGS`
     layer: Any = None
     tokens: int = 0
     parts: list[Part] = field(default_factory=list)
     elsewhere: list[Part] = field(default_factory=list)
     flops: dict[str, float] = field(default_factory=dict)
     attention_flops: float = 0.0
+    traffic: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -82,8 +87,8 @@ class Plan:
         parts = [part for part in self.parts if part.is_certain]
         return max(sum(part.forward for part in parts), sum(part.update for part in parts))
 
-    def table(self, memory: float | None = None, tflops: float | None = None) -> str:
-        """As text. memory: bytes of a device; tflops: 1e12 FLOPs a second that a device does."""
+    def table(self, memory: float | None = None, tflops: float | None = None, bandwidth: float | None = None) -> str:
+        """As text. memory: bytes of a device; tflops: 1e12 FLOPs a second that it does; bandwidth: GB/s it receives."""
         count = {name: f"{n:,}" for name, n in self.parameters.items()}
         lines = [f"{name:<30}{n:>14} parameters" for name, n in count.items()]
         lines += ["", f"{f'GiB on each device ({self.device.type})':<34}{'forward':>10}{'update':>10}"]
@@ -97,6 +102,18 @@ class Plan:
             lines += [f"{name:<34}{x / 1e12:>10.3g}" for name, x in self.flops.items()]
             lines.append(f"{'sum':<34}{self.work / 1e12:>10.3g}   {self._speed(tflops)}")
             lines.append(f"{'of it attention (T^2)':<34}{self.attention_flops / 1e12:>10.3g}")
+        if self.traffic:
+            lines += ["", "GB to each device in a step"]
+            lines += [f"{name:<34}{x / 1e9:>10.3g}" for name, x in self.traffic.items()]
+            lines.append(f"{'sum':<34}{sum(self.traffic.values()) / 1e9:>10.3g}")
+            if bandwidth is None:
+                lines[-1] += "   pass --gpu or --bandwidth for its time"
+            else:
+                lines[-1] += f"   at {bandwidth:.3g} GB/s: {self.transfer_seconds(bandwidth):.3g} s a step"
+            if tflops is not None and bandwidth is not None:
+                lines += ["", f"{'a step of all devices':<34}{'s':>10}{'tokens/s':>10}"]
+                for way, seconds in self.bounds(tflops, bandwidth).items():
+                    lines.append(f"{way:<34}{seconds:>10.3g}{self.devices * self.tokens / seconds:>10,.0f}")
         return "\n".join([*lines, *(f"* {note}" for note in self.notes)])
 
     @property
@@ -108,11 +125,31 @@ class Plan:
         """Of an optimizer step whose products run at 1e12 `tflops` FLOPs a second, and nothing else takes time."""
         return self.work / (tflops * 1e12)
 
+    def transfer_seconds(self, bandwidth: float) -> float:
+        """Of an optimizer step's transfers at so many GB/s."""
+        return sum(self.traffic.values()) / (bandwidth * 1e9)
+
+    def bounds(self, tflops: float, bandwidth: float) -> dict[str, float]:
+        """Least and most seconds of an optimizer step, by how much of the transfers runs beside products."""
+        seconds = self.seconds(tflops), self.transfer_seconds(bandwidth)
+        return {"transfers beside products": max(seconds), "one after the other": sum(seconds)}
+
     def _speed(self, tflops: float | None) -> str:
         if tflops is None:
             return "pass --tflops for its time"
         seconds = self.seconds(tflops)
         return f"at {tflops:.3g} TFLOP/s: {seconds:.3g} s a step, {self.devices * self.tokens / seconds:,.0f} tokens/s"
+
+    def advice(self, available: float) -> str:
+        """What may make it fit in so many bytes."""
+        if self.certain <= available:
+            return "lower --per-device-train-batch-size or --max-length, or pass --gradient-checkpointing"
+        lora, smaller = "train a LoRA (--student-lora-rank)", "or choose smaller models"
+        if SHARDINGS[self.sharding].weights:
+            return f"divide the models among more devices, {lora}, {smaller}"
+        divide = "divide the models (FSDP2 or ZeRO-3, by accelerate launch), " if self.devices > 1 else ""
+        move = "quantise or move the teacher (--teacher-quantization, --teacher-device)"
+        return f"{divide}{lora}, {move}, {smaller}"
 
 
 def _row(name: str, part: Part) -> str:
@@ -128,17 +165,15 @@ def available_memory(device: torch.device) -> float:
 
 def check_fits(plan: Plan, available: float) -> None:
     """Raise ValueError where even what is certain exceeds so many bytes; warn where the estimate does."""
-    advice = "lower --per-device-train-batch-size or --max-length, or pass --gradient-checkpointing"
     if plan.certain > available:
         raise ValueError(
             f"expected at least {plan.certain / GIB:.1f} GiB on each device, without activations; got "
-            f"{available / GIB:.1f}: train a LoRA (--student-lora-rank), quantise or move the teacher "
-            f"(--teacher-quantization, --teacher-device), or choose smaller models\n{plan.table(available)}"
+            f"{available / GIB:.1f}: {plan.advice(available)}\n{plan.table(available)}"
         )
     if plan.peak > available:
         logger.warning(
             f"expected about {plan.peak / GIB:.1f} GiB on each device; got {available / GIB:.1f}: where rows are as "
-            f"long as max_length this will not fit: {advice}"
+            f"long as max_length this will not fit: {plan.advice(available)}"
         )
 
 
@@ -158,13 +193,21 @@ def measured_tflops(plan: Plan) -> float | None:
     return work / seconds / 1e12
 
 
-def plan(config: Any, args: Any, device: str | torch.device | None = None, devices: int | None = None) -> Plan:
-    """Of a run with these `RunConfig` and `OKDConfig`. device: cpu or cuda; devices: how many; default: as `args` say.
+def plan(
+    config: Any,
+    args: Any,
+    device: str | torch.device | None = None,
+    devices: int | None = None,
+    sharding: str | None = None,
+) -> Plan:
+    """Of a run with these `RunConfig` and `OKDConfig`. device: cpu or cuda; devices: how many; sharding: what they
+    divide, a name of `okd.cluster.SHARDINGS`; default: as `args` and accelerate's launcher say.
 
     Raises ValueError and FileNotFoundError for models that are not there. What cannot be built without weights is
     counted from the configuration's numbers, and noted.
     """
-    return _Planner(config, args, torch.device(device or args.device), devices or args.world_size).plan()
+    device, devices = torch.device(device or args.device), devices or args.world_size
+    return _Planner(config, args, device, devices, sharding or sharding_of(args)).plan()
 
 
 class _Model(NamedTuple):
@@ -179,18 +222,21 @@ class _Model(NamedTuple):
     trace: Trace | None
     head: tuple[int, int]  # (V, D)
     head_dtype: torch.dtype
+    share: float  # of the weights that a device holds
 
 
 class _Planner:
     """One plan in the making."""
 
-    def __init__(self, config: Any, args: Any, device: torch.device, devices: int):
+    def __init__(self, config: Any, args: Any, device: torch.device, devices: int, sharding: str):
         self.config, self.args, self.method, self.device = config, args, args.resolved, device
-        self.autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
+        self.sharding, self.devices = SHARDINGS[sharding], devices
+        self.wide = (self.autocast or torch.float32) if self.sharding.deepspeed else torch.float32  # what trains
         rows = 2 if self.method.responses is sampling.paired or self.method.loss is mixup.mixkd else 1
         self.batch, self.length = rows * args.per_device_train_batch_size, args.max_length
         self.n, self.steps = self.batch * self.length, args.gradient_accumulation_steps
-        self.result = Plan(device, devices, self.autocast, (self.batch, self.length))
+        self.result = Plan(device, devices, self.autocast, (self.batch, self.length), sharding)
         self.notes = self.result.notes
 
     def plan(self) -> Plan:
@@ -208,10 +254,11 @@ class _Planner:
         for i, teacher in enumerate(teachers):
             self._count_teacher(teacher, _number(i, teachers))
         if args.self_teacher == "average":
-            self._add("averaged self-teacher", student.trainable_bytes)
+            self._add("averaged self-teacher", student.trainable_bytes * student.share)
         if args.self_teacher is not None and student.trace is not None:
             result.flops["self-teacher forward"] = self.steps * student.trace.forward
         self._count_loss(student, teachers)
+        self._count_sharing(student, teachers)
         self._count_the_rest(student, teachers)
         return result
 
@@ -287,23 +334,34 @@ class _Planner:
 
     def _measured(self, role: str, model: Any, config: Any, dtype: torch.dtype, trainable: int | None = None) -> _Model:
         """trainable: how many parameters train, and in fp32; None: as the skeleton says."""
+        bits = BITS.get(getattr(self.config, f"{role}_quantization") or "")
+        share = 1 / self.devices if self.sharding.weights and bits is None else 1.0
+        if self.sharding.weights and bits is not None:
+            self.notes.append(f"the {role}'s weights are quantised, and not divided")
         if model is None:
             n, shape = _rough_count(config), (config.vocab_size, config.hidden_size)
             trains = n if role == "student" else 0
-            return _Model(None, config, n, n * dtype.itemsize, trains, trains * 4, None, shape, dtype)
-        bits = BITS.get(getattr(self.config, f"{role}_quantization") or "")
+            of_training = trains * self.wide.itemsize
+            return _Model(None, config, n, n * dtype.itemsize, trains, of_training, None, shape, dtype, share)
+        if self.sharding.deepspeed:
+            model.to(self.wide)
+        elif self.sharding.weights and self.autocast is not None:  # accelerate widens what trains
+            for p in (p for p in model.parameters() if p.requires_grad):
+                p.data = p.data.float()
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         linear = {id(m.weight) for m in base.get_decoder().modules() if isinstance(m, nn.Linear)}
         training = [p for p in model.parameters() if p.requires_grad]
         weights = [p for p in model.parameters() if not (p.requires_grad and hasattr(model, "peft_config"))]
         n_bytes = sum(p.numel() * (bits / 8 if bits and id(p) in linear else p.element_size()) for p in weights)
-        n, head = sum(p.numel() for p in model.parameters()), base.get_output_embeddings().weight
+        n = sum(p.numel() for p in model.parameters())
         if trainable is None:
             trains, of_training = sum(p.numel() for p in training), sum(p.numel() * p.element_size() for p in training)
         else:
-            n, trains, of_training = n + trainable, trainable, trainable * 4
-        found = self._traced(role, model)
-        return _Model(model, config, n, n_bytes, trains, of_training, found, tuple(head.shape), head.dtype)
+            n, trains, of_training = n + trainable, trainable, trainable * self.wide.itemsize
+        if self.sharding.weights and self.autocast is not None:  # they are gathered as the products take them
+            model.to(self.autocast)
+        found, head = self._traced(role, model), base.get_output_embeddings().weight
+        return _Model(model, config, n, n_bytes, trains, of_training, found, tuple(head.shape), head.dtype, share)
 
     def _traced(self, role: str, model: Any) -> Trace | None:
         learns = any(p.requires_grad for p in model.parameters())
@@ -326,7 +384,18 @@ class _Planner:
         if found is None and note not in self.notes:
             self.notes.append(note)
         per_weight = None if found is None else found[1]
-        return 2 * model.trainable_bytes if per_weight is None else per_weight * model.trainable
+        if self.sharding.deepspeed:
+            per_weight = 4 + (8 if per_weight is None else per_weight)
+        states = 2 * model.trainable_bytes if per_weight is None else per_weight * model.trainable
+        return states / self.devices if self.sharding.states else states
+
+    def _gradients(self, model: _Model) -> tuple[float, float]:
+        """Bytes at the end of the forward pass, of earlier micro-batches, and at the optimizer's step."""
+        part = 1 / self.devices if self.sharding.gradients else 1.0
+        kept = part * model.trainable_bytes
+        waits = self.steps > 1 if not self.sharding.weights else self.sharding.deepspeed  # ZeRO-3 has them always
+        wide = 4 * model.trainable / self.devices if self.sharding.deepspeed else 0  # which the optimizer takes
+        return kept if waits else 0, kept + wide
 
     def _add(self, name: str, forward: float, update: float | None = None, is_certain: bool = True) -> None:
         if forward or update:
@@ -334,17 +403,17 @@ class _Planner:
 
     def _count_student(self, student: _Model) -> None:
         frozen = hasattr(student.skeleton, "peft_config")
-        gradients = student.trainable_bytes
-        self._add("student weights", student.bytes)
+        self._add("student weights", student.bytes * student.share)
         if frozen:
-            self._add("student LoRA", student.trainable_bytes)
-        self._add("student gradients", gradients if self.steps > 1 else 0, gradients)  # of earlier micro-batches
+            self._add("student LoRA", student.trainable_bytes * student.share)
+        self._add("student gradients", *self._gradients(student))
         self._add("student optimizer states", self._states(student))
         self._count_pass("student", student.trace, True)
 
     def _count_teacher(self, teacher: _Model, number: str) -> None:
         place = self.args.teacher_device
-        part, module = Part(f"teacher{number} weights", teacher.bytes, teacher.bytes), teacher.trainable_bytes
+        weights, module = teacher.bytes * teacher.share, teacher.trainable_bytes * teacher.share
+        part = Part(f"teacher{number} weights", weights, weights)
         if place is not None and find_device(place) != self.device:
             self.result.elsewhere.append(part._replace(name=f"{part.name} ({place})"))
             copy = teacher.head[0] * teacher.head[1] * teacher.head_dtype.itemsize
@@ -352,8 +421,8 @@ class _Planner:
         else:
             self.result.parts.append(part)
         if module:
-            held = module + self._states(teacher)
-            self._add("online module, its states", held + (module if self.steps > 1 else 0), held + module)
+            held, gradients = module + self._states(teacher), self._gradients(teacher)
+            self._add("online module, its states", held + gradients[0], held + gradients[1])
             self.result.parameters["teacher's online module"] = teacher.trainable
         if self.method.needs_teacher:
             self._count_pass(f"teacher{number}", teacher.trace, teacher.trainable > 0)
@@ -384,6 +453,7 @@ class _Planner:
         trains = student.trainable > 0 and not hasattr(student.skeleton, "peft_config")
         gradient = 4 * student.head[0] * student.head[1] if trains else 0
         twice = self.steps > 1 or getattr(student.config, "tie_word_embeddings", False)  # beside another one's
+        twice = twice and not self.sharding.gradients
         narrow = [m for m in models if self.autocast not in (None, m.head_dtype)]
         self._add("loss: chunk buffers", buffers, buffers if self.device.type == "cpu" else 0, is_certain=False)
         self._add("loss: hidden rows, gradients", n * sum(map(_width, models + learning)), 0, is_certain=False)
@@ -393,10 +463,23 @@ class _Planner:
         flops["heads forward"] = per_width * sum(m.head[1] for m in models)
         flops["heads backward"] = per_width * (sum(m.head[1] for m in learning) + (student.head[1] if trains else 0))
 
+    def _count_sharing(self, student: _Model, teachers: list[_Model]) -> None:
+        models = {"student": student} | {f"teacher{_number(i, teachers)}": x for i, x in enumerate(teachers)}
+        itemsize = (self.autocast or torch.float32).itemsize
+        cluster = Cluster(self.sharding, self.devices, itemsize, self.steps)
+        for name, size in cluster.for_a_moment(models).items():
+            self._add(name, size, 0)
+        self.result.traffic = traffic = cluster.traffic(models)
+        if self.args.self_teacher is not None and (again := traffic.get("student weights, forward")):
+            traffic["self-teacher weights, forward"] = again
+        self.notes.extend(cluster.notes())
+        if self.sharding == SHARDINGS["ddp"] and self.devices > 1:
+            self._add("DDP's buckets", sum(model.trainable_bytes for model in models.values()))
+
     def _count_the_rest(self, student: _Model, teachers: list[_Model]) -> None:
-        if self.result.devices > 1:
-            self._add("DDP's buckets", sum(model.trainable_bytes for model in (student, *teachers)))
-            self.notes.append("each device holds all of it (DDP); FSDP and DeepSpeed, which shard it, are not planned")
+        if self.sharding.weights:
+            forward, update = (sum(sizes) for sizes in zip(*(part[1:3] for part in self.result.parts), strict=True))
+            self._add(f"allocator's slack, {SLACK:.0%}", SLACK * forward, SLACK * update, is_certain=False)
         if self.device.type == "cuda":
             self._add("CUDA", CONTEXT, is_certain=False)
         else:

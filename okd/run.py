@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import platform
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,34 +20,43 @@ import torch
 import transformers
 import yaml
 from peft import PeftModel
+from transformers.utils import logging
 
 import okd_kernels
+from okd.alignment import alignment_of
 from okd.answers import end_tokens
-from okd.checkpoints import ADAPTER
+from okd.callbacks import First
+from okd.checkpoints import ADAPTER, STUDENT
 from okd.checks import with_vocab_size
 from okd.config import OKDConfig
 from okd.data import column
+from okd.durable import BEGUN, begun, check_checkpoint, checkpoints, last_checkpoint, remove, writing
 from okd.encoding import Encoded, Encoder, encoder_options
 from okd.ensemble import models_of
 from okd.evaluate import evaluate
+from okd.hub import create_repository
 from okd.loading import ModelOptions, load_models, teacher_sources
 from okd.models import is_dispatched
 from okd.options import check, option
 from okd.plan import available_memory, check_fits, plan
+from okd.sharding import is_elsewhere, will_be_sharded
 from okd.report import format_samples, format_table, plot_curves
 from okd.sources import DataOptions, encode_all, open_all
+from okd.trackers import check_trackers, send
 from okd.trainer import OKDTrainer
 
+BEFORE = "before.json"  # what was measured first, while a run goes on
 RUN_FILES = {
     "student",
     "teacher_adapter",
     "metrics.json",
     "config.yaml",
     "curves.png",
-    "before.json",
+    BEFORE,
     "log.jsonl",
     "method.json",
     "responses",
+    "rollouts",
     "selection.safetensors",
     "teacher_average",
 }
@@ -64,9 +72,12 @@ FREE_TO_CHANGE = {
     "gradient_checkpointing", "activation_checkpointing", "gradient_checkpointing_kwargs",
     "torch_empty_cache_steps", "report_to", "run_name", "project", "disable_tqdm", "log_level", "logging_dir",
     "logging_first_step", "ddp_backend", "dataloader_num_workers", "dataloader_pin_memory",
-    "dataloader_prefetch_factor", "push_to_hub", "hub_model_id", "teacher_device",
+    "dataloader_prefetch_factor", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision",
+    "teacher_device",
     "student_save", "save_dtype",
 }  # fmt: skip
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -91,11 +102,22 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
     Under `args.output_dir`: student/, teacher_adapter/, metrics.json, config.yaml, log.jsonl, curves.png, checkpoints.
     Raises ValueError, FileNotFoundError, FileExistsError saying what to do.
     """
-    started, output_dir, method = time.perf_counter(), Path(str(args.output_dir)), args.resolved
+    started, output_dir = time.perf_counter(), Path(str(args.output_dir))
     sources = teacher_sources(config, args)
     opened = open_all(config, examples)
     checkpoint = _check_output_dir(config, output_dir)
-    if not args.fsdp and not args.deepspeed:  # which divide what is planned
+    check_trackers(args.report_to)
+    with begun(output_dir, args.process_index == 0):
+        if args.push_to_hub and args.process_index == 0:
+            create_repository(args)
+        return _run(config, args, sources, opened, checkpoint, started)
+
+
+def _run(
+    config: RunConfig, args: OKDConfig, sources: Any, opened: Any, checkpoint: str | None, started: float
+) -> dict[str, Any]:
+    output_dir, method = Path(str(args.output_dir)), args.resolved
+    if not will_be_sharded(args) and not args.deepspeed:  # which divide what is planned
         check_fits(plan(config, args), available_memory(args.device))
     transformers.set_seed(args.seed)
     student, teacher, tokenizer, teacher_tokenizers = load_models(config, args, sources)
@@ -106,10 +128,11 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
 
     # Before the trainer, whose accelerator would miss what this sets up anew.
     written_config = yaml.safe_dump(exact_config(config, args), sort_keys=False)
-    if checkpoint:
+    if config.resume:
         _check_same_run(output_dir / "config.yaml", written_config)
-    ends = end_tokens(tokenizer, student, *models_of(teacher))
-    encoder = Encoder(tokenizer, ends=ends, columns=config.columns, **encoder_options(args))
+    alignment = alignment_of(args, tokenizer, teacher_tokenizers, student, teacher)
+    ends = end_tokens(tokenizer, student, *models_of(teacher)) if alignment is None else alignment.ends
+    encoder = Encoder(tokenizer, ends=ends, columns=config.columns, alignment=alignment, **encoder_options(args))
     data = encode_all(config, args, opened, encoder)
     if args.process_index == 0:
         print("\n".join(f"{use}: {part.summary()}" for use, part in data.items() if isinstance(part, Encoded)))
@@ -125,32 +148,45 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
         teacher_processing_class=teacher_tokenizers,
         text_dataset=data["text"],
     )
-    if trainer.is_sharded:
-        raise ValueError(
-            "expected whole models on each process, as this command evaluates before and after; got sharded ones: call "
-            "OKDTrainer from a script, and okd evaluate afterwards"
-        )
-    before_file = output_dir / "before.json"
-    if checkpoint and before_file.is_file():
-        before = json.loads(before_file.read_text())
-    else:
-        before = _measured(trainer, teacher, config, prompts)
-    trainer.accelerator.wait_for_everyone()  # all have looked at output_dir
-    if args.process_index == 0:
-        if config.overwrite and not checkpoint:
-            _remove_run(output_dir)
-        _write(output_dir / "config.yaml", written_config)
-        _write(before_file, json.dumps(before))
+
+    def begin() -> None:
+        """With the models where they will train, and before anything of the training."""
+        before = None if checkpoint else _measured(trainer, teacher, config, prompts)
+        trainer.accelerator.wait_for_everyone()  # all have looked at output_dir
+        if args.process_index == 0:
+            if config.overwrite and not checkpoint:
+                _remove_run(output_dir)
+            _write(output_dir / "config.yaml", written_config)
+            if before is not None:
+                _write(output_dir / BEFORE, json.dumps(before))
+
+    def end() -> None:
+        nonlocal after
+        seconds["training"] = round(time.perf_counter() - training_started, 1)
+        with writing(output_dir / STUDENT, output_dir):
+            trainer.save_model(str(output_dir))
+        after = _measured(trainer, teacher, config, prompts)
+        if args.process_index == 0:
+            send(trainer, "after", after[0], trainer.state.global_step)
+
+    def send_before() -> None:
+        if args.process_index == 0:
+            send(trainer, "before", _before(output_dir)[0], 0)
+
+    after: Measured = {}, []
+    seconds: dict[str, float] = {}
+    trainer.callback_handler.callbacks.insert(0, First(begin, end))
+    trainer.callback_handler.callbacks.append(First(send_before))  # after the trackers have begun
     training_started = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = {"training": round(time.perf_counter() - training_started, 1)}
-    trainer.save_model(str(output_dir))
-    after = _measured(trainer, teacher, config, prompts)
+    before = _before(output_dir)
     seconds["all"] = round(time.perf_counter() - started, 1)
     metrics = {"before": before[0], "after": after[0], "method": method.name, "seed": args.seed}
     metrics |= {"steps": result.global_step, "seconds": seconds, "versions": versions()}
     if args.process_index == 0:
         _report(trainer, output_dir, metrics, before[1], after[1])
+        if args.push_to_hub:
+            trainer.upload_student()
     return metrics
 
 
@@ -160,22 +196,34 @@ Measured = tuple[dict[str, Any], list[dict[str, str]]]  # metrics and answers, a
 def _measured(trainer: OKDTrainer, teacher: Any, config: RunConfig, prompts: dict[str, str | None]) -> Measured:
     """Of the held-out rows; answers stand beside the prompts as the data have them."""
     args, judge = trainer.args, trainer.pair.teacher
-    if judge is None and teacher is not None:  # the trainer of a method without a teacher leaves it where it was
+    if judge is None and teacher is not None and not is_elsewhere(teacher):  # where a method without one has left it
         judge = teacher if is_dispatched(teacher) else teacher.to(args.teacher_device or args.device)
     rows: Any = trainer.eval_dataset
     with trainer.accelerator.autocast():
-        scores, answers = evaluate(
-            trainer.pair.student,
-            judge if getattr(judge, "judges", True) else None,
-            trainer.tokenizer,
-            rows,
-            batch_size=args.per_device_eval_batch_size,
-            vocab_size=args.vocab_size,
-            generate=config.eval_answers,
-            max_new_tokens=config.eval_max_new_tokens,
-            progress=args.process_index == 0 and not args.disable_tqdm,
+        scores, answers = trainer.inside(
+            lambda: evaluate(
+                trainer.pair.student,
+                judge if getattr(judge, "judges", True) else None,
+                trainer.tokenizer,
+                rows,
+                batch_size=args.per_device_eval_batch_size,
+                vocab_size=args.vocab_size,
+                outcomes=trainer.pair.outcomes,
+                generate=config.eval_answers,
+                max_new_tokens=config.eval_max_new_tokens,
+                progress=args.process_index == 0 and not args.disable_tqdm,
+                in_step=trainer.is_sharded,
+            )
         )
     return scores, [{**answer, "prompt": prompts.get(answer["id"]) or answer["prompt"]} for answer in answers]
+
+
+def _before(output_dir: Path) -> Measured:
+    """What was measured first; of a finished run that goes on, the metrics alone."""
+    if (output_dir / BEFORE).is_file():
+        scores, answers = json.loads((output_dir / BEFORE).read_text())
+        return scores, answers
+    return json.loads((output_dir / "metrics.json").read_text())["before"], []
 
 
 def _report(
@@ -185,7 +233,8 @@ def _report(
     if any("loss" in entry for entry in trainer.state.log_history):
         plot_curves(trainer.state.log_history, output_dir / "curves.png")
     _write(output_dir / "metrics.json", json.dumps(metrics, indent=2))
-    (output_dir / "before.json").unlink()
+    (output_dir / BEFORE).unlink(missing_ok=True)
+    trainer.create_model_card()
     print(f"\n{format_table(metrics['before'], metrics['after'])}")
     if before:
         print(f"\n{format_samples(before, after, count=3)}")
@@ -210,6 +259,7 @@ def exact_config(config: RunConfig, args: OKDConfig) -> dict[str, Any]:
         if v != ours[k] or (v is not None and (k in RECORDED or theirs.get(k) != v))
     }
     chosen |= {name: value for name, value in device.items() if value}
+    chosen.pop("hub_token", None)  # which is hidden there
     transient = ("resume", "overwrite")  # of one invocation, not of the run
     own = {k: v for k, v in dataclasses.asdict(config).items() if k not in transient}
     return {**{k: v for k, v in own.items() if v is not None or getattr(RunConfig, k) is not None}, **chosen}
@@ -219,12 +269,16 @@ def _check_output_dir(config: RunConfig, output_dir: Path) -> str | None:
     """The checkpoint to go on from, or None. Raises FileExistsError rather than touch another run."""
     holds_run = output_dir.is_dir() and any(map(_is_of_a_run, output_dir.iterdir()))
     if config.resume:
-        checkpoint = transformers.trainer_utils.get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-        if checkpoint is None:
+        checkpoint = last_checkpoint(output_dir, warn=args.process_index == 0)
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, contents=False)  # the trainer looks at those, too
+            return str(checkpoint)
+        if (output_dir / "metrics.json").is_file() or not any((output_dir / f).is_file() for f in ("config.yaml", BEGUN)):
             raise FileNotFoundError(
                 f"expected a checkpoint to resume from in {output_dir}; got none: leave out --resume"
             )
-        return checkpoint
+        logger.warning(f"expected a checkpoint to resume from in {output_dir}; got none: the run begins anew")
+        return None
     if holds_run and not config.overwrite:
         raise FileExistsError(
             f"{output_dir} holds another run; pass another --output-dir, or --overwrite to remove it, or to okd train "
@@ -254,13 +308,16 @@ def _is_of_a_run(path: Path) -> bool:
 
 
 def _remove_run(output_dir: Path) -> None:
-    for path in filter(_is_of_a_run, list(output_dir.iterdir())):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Checkpoints first, and last what says whose they were: a run that is killed here is not resumed as another."""
+    found, first = filter(_is_of_a_run, list(output_dir.iterdir())), checkpoints(output_dir)
+    for path in sorted(found, key=lambda path: (path.name == "config.yaml", path not in first)):
+        remove(path) if path.is_dir() else path.unlink()
 
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with writing(path, path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        os.replace(temporary, path)

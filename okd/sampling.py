@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -41,9 +40,11 @@ from okd.data import (
     uniform,
 )
 from okd.decoding import Draw, write
-from okd.meters import ranks
-from okd.models import evaluating, position_limit, weights_of
+from okd.kept import Asked, Keeper, KeptOptions
+from okd.models import evaluating, position_limit
 from okd.options import option, reads
+from okd.rollouts import CONCURRENT, RolloutOptions, Rollouts
+from okd.sharding import most, ranks
 from okd_kernels import LinearHead
 
 PHI_STEP, LOSS_RISE = 0.1, 0.1  # DistiLLM's: phi grows by the one when the held-out loss has risen by the other
@@ -106,49 +107,6 @@ class ReplayOptions:
     replay_size: int = option(1000, "student-written rows that are kept for replay, on each process", least=1)
 
 
-@dataclass
-class KeptOptions:
-    """Read by methods that may keep what was written."""
-
-    generate: str | None = option(
-        None,
-        "when responses are written: step (anew for each batch), epoch (all at its start), or once (beam search by the "
-        "teacher, kept by example); default: as the method says",
-        choices=("step", "epoch", "once"),
-    )
-    num_beams: int = option(5, "beams of responses that are written once", least=1)
-
-
-class Kept:
-    """Responses by key, in memory and in JSON lines under the run's directory, one file for each process."""
-
-    def __init__(self, directory: Path, name: str, rank: int):
-        self.directory, self.file = directory, directory / f"{name}_{rank}.jsonl"
-        self.found: dict[str, list[int]] = {}
-        self.is_cut = self.file.is_file() and not self.file.read_text().endswith("\n")
-        for path in sorted(directory.glob(f"{name}_*.jsonl")):
-            for line in path.read_text().splitlines():
-                try:
-                    self.found |= json.loads(line)
-                except ValueError:  # cut short where a run was killed: it is written anew
-                    continue
-
-    def put(self, responses: Mapping[str, list[int]], write: bool = True) -> None:
-        self.found |= responses
-        if write and responses:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a") as file:
-                file.write("\n" * self.is_cut)
-                self.is_cut = False
-                file.writelines(json.dumps({key: ids}) + "\n" for key, ids in responses.items())
-
-
-class Asked(NamedTuple):
-    name: str  # id of the row
-    prompt: list[int]  # as the writer reads it
-    limit: int  # longest response
-
-
 class Sampler:
     """Rewrites batches by the method's policy, and keeps what the policy must remember.
 
@@ -160,14 +118,24 @@ class Sampler:
         texts: rows of a second data set, of which each batch gets as many as it has rows (MiniLLM).
     """
 
-    def __init__(self, options: Any, pair: Any, tokenizer: Any, rows: Sequence[Row] = (), texts: Sequence[Row] = ()):
-        self.options, self.pair, self.tokenizer = options, pair, tokenizer
+    def __init__(
+        self,
+        options: Any,
+        pair: Any,
+        tokenizer: Any,
+        rows: Sequence[Row] = (),
+        texts: Sequence[Row] = (),
+        alignment: Any = None,  # with a teacher that has a tokenizer of its own
+    ):
+        self.options, self.pair, self.tokenizer, self.alignment = options, pair, tokenizer, alignment
         self.method = options.resolved
         self.rows, self.texts = rows, texts
         self.collate = Collator(tokenizer.pad_token_id)
         self.state: dict[str, Any] = {}
-        self.coin, self.step, self.epoch = 0.0, 0, 0
-        self.kept: dict[str, Kept] = {}
+        self.coin, self.step = 0.0, 0
+        self.together = most if pair.is_sharded or (options.rollout_url and ranks() > 1) else int
+        self.keeper = Keeper(options, pair.teacher, self._write, self._vocab_size, self.together)
+        self.rollouts = None if options.rollout_url is None else Rollouts(options, pair.student, pair.is_sharded)
         self._pass, self._order = -1, list[int]()  # of the texts
         self._sums: dict[str, float] = {}
         self.since = time.perf_counter()
@@ -233,7 +201,7 @@ class Sampler:
         if self.method.generate == "step":
             responses = self._write(list(asked.values()), writer, share)
         else:
-            responses = self._looked_up(list(asked.values()), writer)
+            responses = self.keeper.look_up(list(asked.values()), writer)
         result = list(rows)
         for i, response in zip(asked, responses, strict=True):
             prompt, _ = prompt_and_reference(rows[i])
@@ -242,6 +210,8 @@ class Sampler:
             for name in ("teacher", "teacher_prompt"):
                 if name in rows[i]:
                     result[i][name] = rows[i][name]
+            if "aligned" in rows[i]:
+                result[i] = self.alignment.answered(result[i], rows[i])
         return result
 
     def _answerable(self, rows: Sequence[Row], writer: str) -> dict[int, Asked]:
@@ -266,8 +236,13 @@ class Sampler:
         return min(rooms)
 
     def _write(self, asked: Sequence[Asked], writer: str, share: float = 0.0) -> list[list[int]]:
-        if not asked:
+        if not self.together(len(asked)):
             return []
+        if self.method.generate == "once":
+            return self._beams(asked)
+        if self.rollouts is not None and writer == STUDENT:
+            return self._asked_for(self.rollouts, asked)
+        answered = asked or [Asked("", [0, 0], 1)]  # where only others write, whose layers all processes gather
         options, student, teacher = self.options, self.pair.student, self.pair.teacher
         chosen: dict[str, Any] = {"draw": self.method.draw}
         if share:
@@ -284,71 +259,44 @@ class Sampler:
         with evaluating(*models), self._author(writer) as author:
             written = write(
                 author,
-                [one.prompt for one in asked],
-                [one.limit for one in asked],
-                ends=end_tokens(self.tokenizer, *models),
+                [one.prompt for one in answered],
+                [one.limit for one in answered],
+                ends=self._ends(*models),
                 vocab_size=self._vocab_size(),
-                seeds=[seed_of(options.seed, self.step, one.name, writer) for one in asked],
+                seeds=[seed_of(options.seed, self.step, one.name, writer) for one in answered],
+                together=self.together,
                 **chosen,
             )
+        if not asked:
+            return []
         self.note(generated_tokens=written.tokens)
         if writer == BOTH:
             self.note(accepted=written.accepted, judged=written.tokens)
         return written.responses
 
-    def _author(self, writer: str) -> Any:
-        if writer != TEACHER:
-            return nullcontext(self.pair.student)
-        teacher = self.pair.teacher  # a self-teacher keeps nothing of what it was: it writes as it is
-        return teacher.as_it_was() if teacher.judges else nullcontext(teacher.model)
-
-    def _vocab_size(self) -> int:
-        """Ids that both models know: one written by one of them is read by the other."""
-        heads = [LinearHead.from_model(self.pair.student)]
-        if self.pair.teacher is not None:
-            heads.append(self.pair.teacher.head())
-        return min([len(head.weight) for head in heads] + [self.options.vocab_size or len(heads[0].weight)])
-
-    # --- responses that are kept
-
-    def _looked_up(self, asked: Sequence[Asked], writer: str) -> list[list[int]]:
-        """Kept responses; what is missing is written, and kept."""
-        kept = self._kept(writer)
-        keys = [self._key(one) for one in asked]
-        missing = {key: one for key, one in zip(keys, asked, strict=True) if key not in kept.found}
-        if missing:
-            new, once = list(missing.values()), self.method.generate == "once"
-            kept.put(dict(zip(missing, self._beams(new) if once else self._write(new, writer), strict=True)))
-        return [kept.found[key] for key in keys]
-
-    def _kept(self, writer: str) -> Kept:
-        name = f"{writer}_{self.epoch}" if writer == STUDENT else writer
-        if name not in self.kept:
-            for old in [other for other in self.kept if other.startswith(f"{STUDENT}_") and writer == STUDENT]:
-                del self.kept[old]
-            directory = Path(str(self.options.output_dir)) / "responses"
-            self.kept[name] = Kept(directory, name, self.options.process_index)
-        return self.kept[name]
-
-    def _key(self, asked: Asked) -> str:
-        """Of an example as it is answered by this run's teacher, options and seed."""
-        return f"{seed_of(self._how, asked.name, asked.limit, *asked.prompt):x}"
-
-    @cached_property
-    def _how(self) -> int:
-        """A few numbers of every weight of the teacher, without those that train; and how responses are written."""
-        options, teacher, weights = self.options, self.pair.teacher, []
-        training = {id(p) for p in teacher.parameters() if p.requires_grad}
-        if teacher.judges:
-            with teacher.as_it_was() as model:
-                for p in (p for p in weights_of(model) if id(p) not in training):
-                    weights.append(p.detach().flatten()[:: max(1, p.numel() // 8)].float().cpu())
-        numbers = torch.cat(weights).tolist() if weights else []
-        how = (options.seed, options.num_beams, self.method.draw, self.method.generate, self._vocab_size())
-        return seed_of(*numbers, *how)
+    def _asked_for(self, rollouts: Rollouts, asked: Sequence[Asked]) -> list[list[int]]:
+        """Responses of the student by a server."""
+        options, at_epochs = self.options, self.method.generate == "epoch"
+        teacher = None if self.pair.teacher is None else self.pair.teacher.model
+        responses = rollouts.write(
+            asked,
+            [seed_of(options.seed, self.step, one.name, STUDENT) for one in asked],
+            self.step if at_epochs else self.step // options.rollout_sync_steps,
+            ends=self._ends(self.pair.student, teacher),
+            vocab_size=self._vocab_size(),
+            draw=self.method.draw,
+        )
+        self.note(generated_tokens=sum(map(len, responses)))
+        return responses
 
     def _beams(self, asked: Sequence[Asked]) -> list[list[int]]:
         """The teacher's most probable responses, by beam search (sequence-level KD, arXiv 1606.07947)."""
+        if self.pair.is_sharded:  # all search for what each is asked, so that they gather the same layers
+            of_ranks = gather_object([list(asked)])
+            first = sum(map(len, of_ranks[: self.options.process_index]))
+            asked, own = [one for of_rank in of_ranks for one in of_rank], slice(first, first + len(asked))
+        else:
+            own = slice(None)
         responses: list[list[int]] = [[] for _ in asked]
         with self._author(TEACHER) as author:
             padding = range(self._vocab_size(), len(LinearHead.from_model(author).weight))
@@ -364,41 +312,47 @@ class Sampler:
                     progress=False,
                     num_beams=self.options.num_beams,
                     suppress_tokens=list(padding) or None,
+                    synced_gpus=self.pair.is_sharded,
                 )
                 for i, response in zip(at, written, strict=True):
                     responses[i] = response
-        self.note(generated_tokens=sum(map(len, responses)))
-        return responses
+        self.note(generated_tokens=sum(map(len, responses[own])))
+        return responses[own]
+
+    def _author(self, writer: str) -> Any:
+        if writer != TEACHER:
+            return nullcontext(self.pair.student)
+        teacher = self.pair.teacher  # a self-teacher keeps nothing of what it was: it writes as it is
+        return teacher.as_it_was() if teacher.judges else nullcontext(teacher.model)
+
+    def _ends(self, *models: Any) -> set[int]:
+        return end_tokens(self.tokenizer, *models) if self.alignment is None else self.alignment.ends
+
+    def _vocab_size(self) -> int:
+        """Ids that both models know: one written by one of them is read by the other."""
+        heads = [LinearHead.from_model(self.pair.student)]
+        if self.pair.teacher is not None and self.alignment is None:
+            heads.append(self.pair.teacher.head())
+        return min([len(head.weight) for head in heads] + [self.options.vocab_size or len(heads[0].weight)])
 
     def begin_run(self, epoch: int) -> None:
-        """Forget what the student of an earlier run in this directory wrote for later epochs (-1: for any); and then
-        what a self-teacher did, which was made of that student."""
-        self.kept, teacher = {}, self.pair.teacher
-        is_self_taught = teacher is not None and not teacher.judges
-        if self.options.local_process_index == 0:
-            for path in (Path(str(self.options.output_dir)) / "responses").glob("*.jsonl"):
-                writer, number, *_ = path.stem.split("_")
-                if int(number) > epoch if writer == STUDENT else epoch < 0 and is_self_taught:
-                    path.unlink()
+        """Forget what later epochs of an earlier run in this directory left; -1: all of them."""
+        self.keeper.begin_run(epoch)
+        if self.rollouts is not None:
+            self.rollouts.begin_run()
+        if self.pair.is_sharded and self.method.generate != "step":
+            _ = self.keeper.how  # reads weights, which all processes gather
 
     def begin_epoch(self, epoch: int) -> None:
-        """Write what the epoch will read, each process a share of it: the student's responses, and, where they are
-        missing, the teacher's."""
-        self.epoch, self.step = epoch, epoch
+        """Write what the epoch will read: the student's responses, and, where they are missing, the teacher's."""
+        self.step, self.keeper.epoch = epoch, epoch
         if self.method.generate != "epoch":
             return
-        started, size = time.perf_counter(), self.options.per_device_eval_batch_size
+        started = time.perf_counter()
         for writer in (TEACHER, STUDENT) if self.method.responses is paired else (TEACHER,):
-            kept, asked = self._kept(writer), self._answerable(self.rows, writer)
-            share = list(asked.values())[self.options.process_index :: ranks()]
-            own = sorted((one for one in share if self._key(one) not in kept.found), key=lambda one: len(one.prompt))
-            for start in range(0, len(own), size):
-                part = own[start : start + size]
-                written = self._write(part, writer)
-                kept.put({self._key(one): ids for one, ids in zip(part, written, strict=True)})
-            if ranks() > 1:
-                for found in gather_object([kept.found]):
-                    kept.put(found, write=False)
+            by_server = writer == STUDENT and self.rollouts is not None
+            size = CONCURRENT if by_server else self.options.per_device_eval_batch_size
+            self.keeper.write_ahead(list(self._answerable(self.rows, writer).values()), writer, size)
         self.note(generating_seconds=time.perf_counter() - started)
 
     # --- the log, and what is remembered
@@ -466,7 +420,7 @@ def dataset(sampler: Sampler, rows: list[Row]) -> list[Row]:
     return rows
 
 
-@reads(LengthOptions, DrawOptions, ShareOptions)
+@reads(LengthOptions, DrawOptions, RolloutOptions, ShareOptions)
 def student(sampler: Sampler, rows: list[Row]) -> list[Row]:
     """At a share of the steps the student writes the batch (ImitKD, GKD)."""
     return sampler.respond(rows) if sampler.coin < sampler.method.student_share else rows
@@ -491,7 +445,7 @@ def interleaved(sampler: Sampler, rows: list[Row]) -> list[Row]:
     return sampler.respond(rows, BOTH)
 
 
-@reads(LengthOptions, DrawOptions, KeptOptions)
+@reads(LengthOptions, DrawOptions, KeptOptions, RolloutOptions)
 def paired(sampler: Sampler, rows: list[Row]) -> list[Row]:
     """Twice the rows: the teacher's responses, then the student's to the same prompts (DistiLLM-2, arXiv 2503.07067).
 
@@ -501,7 +455,7 @@ def paired(sampler: Sampler, rows: list[Row]) -> list[Row]:
     return sampler.respond(rows, TEACHER) + students
 
 
-@reads(LengthOptions, DrawOptions, ReplayOptions)
+@reads(LengthOptions, DrawOptions, RolloutOptions, ReplayOptions)
 def replay(sampler: Sampler, rows: list[Row]) -> list[Row]:
     """The dataset's, the student's or replayed rows, by DistiLLM's adaptive off-policy schedule (arXiv 2402.03898).
 
@@ -512,7 +466,7 @@ def replay(sampler: Sampler, rows: list[Row]) -> list[Row]:
     phi, buffer, size = sampler.state["phi"], sampler.state["buffer"], sampler.options.replay_size
     if sampler.coin >= phi:
         return rows
-    if sampler.coin < phi * (1 - sampler.pair.progress) or len(buffer) < size:
+    if sampler.coin < phi * (1 - sampler.pair.progress) or sampler.together(len(buffer) < size):
         written = sampler.respond(rows)
         buffer += [row for row in written if row.get("writer") == STUDENT]
         del buffer[:-size]

@@ -11,7 +11,7 @@ import statistics
 import struct
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -105,11 +105,13 @@ def skeleton(config: Any, dtype: torch.dtype, attn_implementation: str | None = 
 
 
 class Layer(NamedTuple):
-    """A layer that gradient checkpointing would run again."""
+    """A layer that gradient checkpointing would run again, and FSDP gathers at once; sizes in bytes."""
 
-    input: int  # bytes
-    saved: int  # bytes that autograd saves inside; 0 without a graph
+    input: int
+    saved: int  # what autograd saves inside; 0 without a graph
     flops: float  # of its forward pass
+    weights: int
+    trainable: int  # those of them that want a gradient
 
 
 class Trace(NamedTuple):
@@ -121,6 +123,7 @@ class Trace(NamedTuple):
     saved: int  # what autograd saves, without weights and their copies
     copies: int  # of weights, which autocast keeps until the forward pass ends
     layers: list[Layer]
+    around: tuple[int, int]  # bytes of the weights outside the layers, and of those of them that want a gradient
     hidden: Tensor  # (B, T, D), on the meta device
 
     def checkpointed(self) -> tuple[int, float]:
@@ -133,12 +136,12 @@ class Trace(NamedTuple):
 def trace(model: Any, batch: int, length: int, autocast: torch.dtype | None = None) -> Trace:
     """Of rows of full length, as they come from the collator. Raises where the model's code looks at values."""
     meter, layers = _Meter(autocast), list[Layer]()
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {p.untyped_storage()._cdata for p in model.parameters()}
     storages: dict[int, Any] = {}
 
     def save(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if storage._cdata not in weights and storage._cdata not in meter.copies:
+        if storage._cdata not in kept and storage._cdata not in meter.copies:
             storages.setdefault(storage._cdata, storage)
         return x
 
@@ -150,7 +153,7 @@ def trace(model: Any, batch: int, length: int, autocast: torch.dtype | None = No
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         x, before, flops = entered.pop()
-        layers.append(Layer(x.numel() * x.element_size(), saved() - before, meter.forward - flops))
+        layers.append(Layer(n_bytes([x]), saved() - before, meter.forward - flops, *weight_sizes(module)))
 
     entered: list[tuple[Tensor, int, float]] = []
     handles: list[Any] = []
@@ -163,8 +166,19 @@ def trace(model: Any, batch: int, length: int, autocast: torch.dtype | None = No
     finally:
         for handle in handles:
             handle.remove()
-    copies = sum(x.numel() * x.element_size() for x in meter.kept.values())
-    return Trace(meter.forward, meter.backward, meter.attention, saved(), copies, layers, hidden)
+    weights, trainable = weight_sizes(model)
+    around = weights - sum(x.weights for x in layers), trainable - sum(x.trainable for x in layers)
+    copies = n_bytes(meter.kept.values())
+    return Trace(meter.forward, meter.backward, meter.attention, saved(), copies, layers, around, hidden)
+
+
+def n_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def weight_sizes(module: nn.Module) -> tuple[int, int]:
+    """Bytes of its weights, and of those that want a gradient."""
+    return n_bytes(module.parameters()), n_bytes(p for p in module.parameters() if p.requires_grad)
 
 
 def time_layer(

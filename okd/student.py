@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -221,7 +223,10 @@ def _base_in(directory: Path, model: Any, state: dict[str, Tensor] | None) -> It
         yield
         return
     if not directory.is_dir():
-        model.get_base_model().save_pretrained(directory, state_dict=base_state(model, state))
+        part = directory.with_name(f".{directory.name}.part")  # a run that is killed here leaves no half of a base
+        shutil.rmtree(part, ignore_errors=True)
+        model.get_base_model().save_pretrained(part, state_dict=base_state(model, state))
+        os.replace(part, directory)
     config.base_model_name_or_path = str(directory.resolve())
     try:
         yield

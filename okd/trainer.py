@@ -8,31 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from okd import checks
+from okd.alignment import alignment_of
 from okd.answers import end_tokens
 from okd.callbacks import AroundUpdate, Bar, Lines
 from okd.checkpoints import Checkpointing
 from okd.config import OKDConfig
 from okd.data import Batch, Collator
+from okd.durable import Durable
 from okd.encoding import Stream, encoded_rows, in_lines
 from okd.ensemble import models_of
 from okd.evaluate import Evaluation
-from okd.meters import LogFile, Logging, Meters, ranks, summed
-from okd.models import describe_parameters, tokenizer_of
+from okd.hub import Hub
+from okd.meters import LogFile, Logging, Meters, summed
+from okd.models import describe_parameters, tokenizer_of, vocabulary_of
 from okd.objectives import Totals
 from okd.pair import StudentTeacher
 from okd.sampling import Sampler
 from okd.selection import Policy
+from okd.sharding import Sharded, kept_whole, ranks, whole
 from okd.student import prepare_student
 from okd_kernels import DistillationLoss
 
 logger = logging.get_logger(__name__)
 
 
-class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
+class OKDTrainer(Logging, Evaluation, Checkpointing, Sharded, Hub, Durable, Trainer):
     """Distil a teacher into a student: online knowledge distillation, or any other `Method`.
 
     `OKDTrainer(student, teacher, OKDConfig(output_dir=...), train_dataset=..., processing_class=tokenizer).train()`
@@ -50,7 +53,8 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
         processing_class: the tokenizer, or a processor that has one, which is then saved with the student.
         teacher_processing_class: the teacher's, or one for each of several; default: what lies beside the teacher on
             this machine. Only compared: both must map the same tokens to the same ids, below `vocab_size`, which is set
-            to the ids that both share where their heads are padded differently.
+            to the ids that both share where their heads are padded differently. With `teacher_tokenizer` it may be
+            another one, which reads the same texts for the teacher (`okd.alignment`).
 
     With `student_lora_rank` the student gets its LoRA here, in place, unless it is a PEFT model already.
 
@@ -80,22 +84,27 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
         args = args or OKDConfig()
         checks.check_arguments(processing_class, kwargs)
         tokenizer = tokenizer_of(processing_class)
-        ends = end_tokens(tokenizer, student, *models_of(teacher))
+        alignment = alignment_of(args, tokenizer, teacher_processing_class, student, teacher)
+        ends = end_tokens(tokenizer, student, *models_of(teacher)) if alignment is None else alignment.ends
         args = checks.with_vocab_size(args, student, teacher, tokenizer, teacher_processing_class)
         datasets = (train_dataset, text_dataset, eval_dataset)
-        train, texts, held_out = (encoded_rows(data, tokenizer, args, ends) for data in datasets)
+        train, texts, held_out = (encoded_rows(data, tokenizer, args, ends, alignment) for data in datasets)
         collator: Any = kwargs.pop("data_collator", None) or Collator(tokenizer.pad_token_id)
         student = prepare_student(student, args)
         checks.check_student(student)
         rows = () if isinstance(train, Stream) else train or ()  # those of a stream are not known yet
         checks.check_data(args, train, rows, texts or ())
         checks.check_ids(student, args, rows, texts, held_out)
+        if alignment is not None:
+            checks.check_aligned(teacher, rows, held_out)
         checks.check_packed(args, student, teacher)
         given, teacher = teacher, checks.prepare_teacher(teacher, args, student, rows, collator)
         checks.place(teacher, given, args)
         checks.check_writers(args, student, teacher)
         checks.warn_of_models(student, teacher, args, rows)
         pair = StudentTeacher(student, teacher, args)
+        if alignment is not None:
+            pair.outcomes = alignment.outcomes(vocabulary_of(student), vocabulary_of(teacher.model))
         super().__init__(
             model=pair,
             args=args,
@@ -114,11 +123,12 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
         self.add_callback(AroundUpdate(self))
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-        pair.is_replicated = ranks() > 1 and not self.is_sharded
+        pair.is_replicated, pair.is_sharded = ranks() > 1 and not self.is_sharded, self.is_sharded
         checks.refuse_elsewhere(self)
         if isinstance(pair.selection, Policy) and pair.selection.reward == "dev":
             pair.selection.held_out = self.held_out_batches()
-        self.sampler = Sampler(args, pair, tokenizer, rows, texts or ())
+        self.alignment = alignment
+        self.sampler = Sampler(args, pair, tokenizer, rows, texts or (), alignment)
         self.meters, self.log_file = Meters(), LogFile(Path(str(args.output_dir)))
         self._step: list[tuple[list[str], DistillationLoss]] = []  # ids and losses of the micro-batches of a step
         self._last_batch: Batch | None = None
@@ -135,11 +145,6 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
         """The teacher's model of the moment: a PEFT model where it has an online module. None without a teacher."""
         return None if self.pair.teacher is None else self.pair.teacher.model
 
-    @property
-    def is_sharded(self) -> bool:
-        """Each process holds a part of the models."""
-        return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-
     # --- the step, in the order of a batch's way
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -150,8 +155,8 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.pair.at(self.state.global_step, self.state.max_steps)
         if not self.sampler.is_idle and batches:
-            with self.accelerator.autocast():  # as in the step
-                batches = self.sampler(batches, self.state.global_step)
+            with self.accelerator.autocast(), kept_whole(self.pair.student):  # as in the step
+                batches = self.inside(lambda: self.sampler(batches, self.state.global_step))
         shared = ranks() > 1 and self.args.average_tokens_across_devices
         return batches, Totals.of(batches, (lambda x: summed(x.to(device))) if shared else None)
 
@@ -171,11 +176,11 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
 
     def _clip_grad_norm(self, model):
         """Each side by its own norm: a teacher's large gradient would scale the student's step."""
-        if self.is_sharded or self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled:  # which clips both by one norm
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         norms = {
-            side: nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+            side: whole(nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm))
             for side, parameters in self.pair.sides().items()
         }
         self._teacher_norm = norms["teacher"] if self.args.online else None
@@ -208,6 +213,11 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Trainer):
 
     # --- around the step
 
+    def check_divided(self) -> None:
+        """What is looked at in whole models as they come, where each process has a part only."""
+        if self.is_sharded:
+            self.inside(lambda: checks.check_models(self.args, self.pair.student, self.pair.teacher))
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        checks.refuse_sharded(self, bool(resume_from_checkpoint))
+        checks.refuse_sharded(self)
         return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -10,6 +10,7 @@ from okd_kernels.losses import (
     linear_distillation_loss,
     linear_sparse_distillation_loss,
 )
+from okd_kernels.outcomes import Outcomes, linear_outcome_distillation_loss
 from okd_kernels.problem import DistillationLoss
 from okd_kernels.topk import TopK, linear_topk
 from okd_kernels.torch_rows import workspace_size
@@ -22,10 +23,12 @@ __all__ = [
     "LinearDistillationLoss",
     "LinearHead",
     "Objective",
+    "Outcomes",
     "TopK",
     "distillation_loss",
     "has_fast_gemm",
     "linear_distillation_loss",
+    "linear_outcome_distillation_loss",
     "linear_sparse_distillation_loss",
     "linear_topk",
     "resolve_backend",

@@ -172,7 +172,7 @@ def test_an_online_teacher_on_disk_resumes(offloaded, tmp_path):
 @near
 def test_kept_responses_are_those_of_the_same_teacher_in_memory(offloaded, tmp_path):
     """The fingerprint of its weights reads them from the disk."""
-    numbers = [trainer(tmp_path, model, "seqkd", **SHORT).sampler._how for model in (offloaded("all"), teacher())]
+    numbers = [trainer(tmp_path, model, "seqkd", **SHORT).sampler.keeper.how for model in (offloaded("all"), teacher())]
     assert numbers[0] == numbers[1]
 
 

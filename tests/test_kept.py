@@ -8,7 +8,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from okd import OKDTrainer, sampling
+from okd import OKDTrainer, kept, sampling
 from okd.data import rows_of, seed_of
 from okd.decoding import Draw, write
 from okd.encoding import encode
@@ -319,8 +319,8 @@ def test_responses_of_several_processes_are_shared_out(tmp_path, monkeypatch, as
     runs = [trainer(tmp_path, "distillm2") for _ in range(2)]
     monkeypatch.setattr(type(runs[1].args), "process_index", property(lambda self: self.__dict__.get("rank", 0)))
     runs[1].args.__dict__["rank"] = 1
-    monkeypatch.setattr(sampling, "ranks", lambda: 2)
-    monkeypatch.setattr(sampling, "gather_object", lambda found: found)  # by file instead
+    monkeypatch.setattr(kept, "ranks", lambda: 2)
+    monkeypatch.setattr(kept, "gather_object", lambda found: found)  # by file instead
     for run in runs:
         run.sampler.begin_epoch(0)
     assert sorted(asked) == sorted([("samples", tuple(prompt)) for prompt in PROMPTS] * 2), "each prompt by each writer"
@@ -328,7 +328,7 @@ def test_responses_of_several_processes_are_shared_out(tmp_path, monkeypatch, as
         parts = [kept_file(tmp_path, f"{name}_{rank}").read_text().splitlines() for rank in range(2)]
         assert [len(part) for part in parts] == [4, 4]
     asked.clear()
-    monkeypatch.setattr(sampling, "ranks", lambda: 1)
+    monkeypatch.setattr(kept, "ranks", lambda: 1)
     run = trainer(tmp_path, "distillm2")
     run.sampler.begin_epoch(0)
     (batch,) = run.sampler([run.data_collator(rows())], 0)

@@ -230,7 +230,7 @@ def test_every_preset_has_its_numbers():
 
 OPTIONS = [(group, field) for group in GROUPS for field in dataclasses.fields(group)]
 VALUES = {"student_divergence": "jsd", "divergence_alpha": 0.3, "divergence_beta": 0.3, "online_learning_rate": 1e-3}
-VALUES |= {"online_target_modules": ["o_proj"], "teacher_device": "cpu"}
+VALUES |= {"online_target_modules": ["o_proj"], "teacher_device": "cpu", "rollout_url": "http://localhost:8000"}
 
 
 def another(field):
@@ -262,6 +262,8 @@ def refused_for_another_reason(method, name):
         return f"expected no {name} with generate=once, which searches by beams"
     if name == "num_beams" and method.generate == "epoch":
         return "expected num_beams with generate=once; got 3 with generate=epoch, which samples"
+    if name.startswith("rollout_") and name != "rollout_url":
+        return f"expected rollout_url with {name}"
     if name == "average_decay":
         return "expected average_decay with self_teacher=average; got 0.25 without"
     if name == "online_teacher" and several:
@@ -321,6 +323,7 @@ def test_which_presets_read_a_group():
         "LengthOptions": ["minillm", "distillm2", "seqkd", "imitkd", "gkd", "skd", "distillm"],
         "DrawOptions": ["distillm2", "seqkd", "imitkd", "gkd", "distillm"],
         "KeptOptions": ["distillm2", "seqkd"],
+        "RolloutOptions": ["distillm2", "imitkd", "gkd", "distillm"],
         "ShareOptions": ["imitkd", "gkd"],
         "PolicyGradientOptions": ["minillm"],
         "MixtureOptions": ["minillm"],

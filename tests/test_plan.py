@@ -33,9 +33,9 @@ def save(tmp_path):
     return write
 
 
-def planned(tmp_path, teacher, student=None, given=None, device=None, devices=None, **options):
+def planned(tmp_path, teacher, student=None, given=None, device=None, devices=None, sharding=None, **options):
     config = RunConfig(teacher=teacher, student=student, **(given or {}))
-    return plan(config, tiny.config(tmp_path, **{"max_length": 16, **options}), device, devices)
+    return plan(config, tiny.config(tmp_path, **{"max_length": 16, **options}), device, devices, sharding)
 
 
 def parts(found):

@@ -1,5 +1,7 @@
 """Models, a tokenizer and data small enough to train in a test."""
 
+import json
+
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -73,3 +75,21 @@ def assert_same_weights(one, other):
     expected = dict(other.named_parameters())
     for name, parameter in one.named_parameters():
         assert torch.equal(parameter, expected[name]), name
+
+
+def save_inputs(root):
+    """Those of `okd train`: the models, train.jsonl and eval.jsonl."""
+    save_models(root)
+    for name, lines in (("train", examples(60)), ("eval", examples(12, seed=9))):
+        (root / f"{name}.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+
+
+def train_arguments(root, output, *options, method="sft"):
+    """`okd train` of a few steps, each logged and saved."""
+    return [
+        "train", method, "--teacher", str(root / "teacher"), "--student", str(root / "student"),
+        "--train-data", str(root / "train.jsonl"), "--eval-data", str(root / "eval.jsonl"),
+        "--output-dir", str(output), "--max-steps", "4", "--use-cpu", "--eval-answers", "2", "--eval-examples", "4",
+        "--eval-max-new-tokens", "2", "--disable-tqdm", "true", "--learning-rate", "1e-2", "--logging-steps", "1",
+        "--save-strategy", "steps", "--save-steps", "1", "--save-total-limit", "2", *options,
+    ]  # fmt: skip
