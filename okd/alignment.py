@@ -2,19 +2,25 @@
 
 A response is one string of bytes, which each tokenizer cuts into tokens of its own. Where tokens of both end at the
 same byte, and at its start, student and teacher have read the same text, and predict what comes next: there their
-distributions are compared, as outcomes (`okd_kernels.Outcomes`): tokens of the same bytes, the ends of a response, and
-one bucket of all else. What lies before the response each reads in its own words: bos, chat template, roles.
+distributions are compared, as outcomes (`okd_kernels.Outcomes`): texts with which both tokenizers begin what comes, the
+ends of a response, and one bucket of all else. What lies before the response each reads in its own words: bos, chat
+template, roles.
+
+Tokens of the same bytes alone would leave 15 % of the places in GSM8K's answers to the bucket, with SmolLM2's tokenizer
+as the student's and DeepSeek's as the teacher's: digits in groups of three, which the student writes one by one. It
+would learn to say there what it has and the teacher has not.
 
 Others compare sorted probabilities whatever their tokens (ULD, arXiv 2402.12030; with text alignment in TRL's GOLD),
 project hidden states into the other model's space (DSKD, 2406.17328), or compare likelihoods of the text between
-aligned positions (ALM, 2503.20083). Here nothing is said of that: a token whose text the teacher writes in two counts
-as a part of the bucket, and a distribution after a token knows that the text was cut there.
+aligned positions (ALM, 2503.20083). What is not seen here: that after a token a model knows that the text is cut there,
+and that the next text may join a token to a longer one of the other model.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -28,7 +34,7 @@ from okd.chat import IGNORE, Template
 from okd.data import Row
 from okd.ensemble import models_of
 from okd.examples import Tokens, encode_one, teacher_prompt_of, template_of
-from okd.models import load_tokenizer, tokenizer_of, tokenizer_of_model
+from okd.models import load_tokenizer, tokenizer_of, tokenizer_of_model, vocabulary_of
 from okd_kernels import Outcomes
 
 if TYPE_CHECKING:
@@ -187,23 +193,51 @@ class Alignment:
         return [of.get(token, b"") for token in ids[:n]]
 
     def outcomes(self, student_rows: int, teacher_rows: int) -> tuple[Outcomes, Outcomes]:
-        """What heads of so many rows can both say: tokens of the same bytes, the ends of a response together, and all
-        else together, where both have other tokens at all. With one vocabulary each token by itself."""
-        vocabularies = [tokenizer.get_vocab() for tokenizer in self.tokenizers]
+        """What ids of heads with so many rows are among what both models can say next.
+
+        An outcome is a text with which both tokenizers begin it, and all tokens that either one begins with it: where
+        the teacher says "123" and the student's tokenizer makes "1", "2", "3" of that, the outcome is "1". The ends of
+        a response are one, and all else is one, where both have such ids. With one vocabulary each id is one.
+        """
+        rows, vocabularies = (student_rows, teacher_rows), [tokenizer.get_vocab() for tokenizer in self.tokenizers]
         if vocabularies[0] == vocabularies[1]:
-            known = student_rows if student_rows == teacher_rows else 1 + max(vocabularies[0].values())
-            n = min(student_rows, teacher_rows, known)
-            return Outcomes(torch.arange(n)), Outcomes(torch.arange(n))
-        rows, excluded = (student_rows, teacher_rows), (self._special(0), self._special(1))
-        of_text = [
-            {text: i for i, text in self.bytes[side].items() if i < rows[side] and i not in excluded[side] and text}
-            for side in (0, 1)
-        ]
-        shared = sorted(of_text[0].keys() & of_text[1].keys(), key=of_text[0].__getitem__)
-        ids = [torch.tensor([of[text] for text in shared], dtype=torch.long) for of in of_text]
-        groups = [_groups(*x) for x in zip(ids, (self.ends, self.teacher_ends), rows, strict=True)]
-        both = [pair for pair in zip(*groups, strict=True) if all(map(len, pair))]
-        return Outcomes(ids[0], tuple(a for a, _ in both)), Outcomes(ids[1], tuple(b for _, b in both))
+            n = min(rows) if student_rows == teacher_rows else min(*rows, 1 + max(vocabularies[0].values()))
+            ours, theirs = (Outcomes(torch.arange(v).where(torch.arange(v) < n, -1), n) for v in rows)
+            return ours, theirs
+        begun = self._begun()
+        texts = [{text for i, text in of.items() if i < n} for of, n in zip(begun, rows, strict=True)]
+        index = {text: k for k, text in enumerate(sorted(texts[0] & texts[1]))}
+        end, rest, found = len(index), len(index) + 1, list[torch.Tensor]()
+        for of, ends, n in zip(begun, (self.ends, self.teacher_ends), rows, strict=True):
+            of_ids = torch.full((n,), rest)
+            for i, text in of.items():
+                if i < n:
+                    of_ids[i] = index.get(text, rest)
+            of_ids[[i for i in ends if i < n]] = end
+            found.append(of_ids)
+        for outcome in (rest, end):  # without a counterpart it exists for nobody
+            if not all((of_ids == outcome).any() for of_ids in found):
+                found = [of_ids.masked_fill(of_ids == outcome, -1) - (of_ids > outcome).long() for of_ids in found]
+        size = 1 + int(found[0].max())
+        return Outcomes(found[0], size), Outcomes(found[1], size)
+
+    def _begun(self) -> list[dict[int, bytes]]:
+        """Of each id of either model that is text, that with which both tokenizers begin this text."""
+        special = self._special(0), self._special(1)
+        of_text = [{i: text for i, text in of.items() if i not in special[k]} for k, of in enumerate(self.bytes)]
+        texts = {text for of in of_text for text in of.values()}
+        first = [_first_tokens(*x, texts) for x in zip(self.tokenizers, self.bytes, strict=True)]
+
+        def begun(text: bytes) -> bytes:
+            while (shorter := first[1].get(first[0].get(text, b""), b"")) != text:
+                text = shorter
+            return text
+
+        return [{i: begun(text) for i, text in of.items()} for of in of_text]
+
+    def outcomes_of(self, student: Any, teacher: Any) -> tuple[Outcomes, Outcomes]:
+        """Of the heads of these models, the teacher's as a trainer takes it."""
+        return self.outcomes(vocabulary_of(student), vocabulary_of(_model_of(teacher)))
 
     def _special(self, side: int) -> set[int]:
         """Ids that stand for no text, and those that end a response."""
@@ -212,18 +246,29 @@ class Alignment:
         return added | set(tokenizer.all_special_ids) | (self.teacher_ends if side else self.ends)
 
 
-def _groups(ids: torch.Tensor, ends: Collection[int], rows: int) -> list[torch.Tensor]:
-    """The ends, and the rest, of a head with so many rows."""
-    last = torch.tensor(sorted(i for i in ends if i < rows), dtype=torch.long)
-    is_rest = torch.ones(rows, dtype=torch.bool)
-    is_rest[ids] = False
-    is_rest[last] = False
-    return [last, is_rest.nonzero().squeeze(1)]
+def _first_tokens(tokenizer: Any, of: Mapping[int, bytes], texts: Collection[bytes]) -> dict[bytes, bytes]:
+    """Text of the first token of each text; of what is no UTF-8, or normalised, the longest token that begins it."""
+    tokens, whole = set(of.values()), dict[bytes, str]()
+    for text in texts:
+        with suppress(UnicodeDecodeError):
+            whole[text] = text.decode()
+    before = "\n" if of.get(tokenizer("a", add_special_tokens=False)["input_ids"][0], b"").startswith(b" ") else ""
+    skipped = tokenizer(before, add_special_tokens=False)["input_ids"]  # SentencePiece puts a space before a text
+    n, found = len(skipped), dict[bytes, bytes]()
+    encoded = tokenizer([before + text for text in whole.values()], add_special_tokens=False)["input_ids"]
+    for text, ids in zip(whole, encoded, strict=True):
+        first = of.get(ids[n], b"") if ids[:n] == skipped and len(ids) > n else b""
+        if first and text.startswith(first):
+            found[text] = first
+    for text in texts - found.keys():
+        found[text] = next((text[:n] for n in range(len(text), 0, -1) if text[:n] in tokens), b"")
+    return found
 
 
 def _row(theirs: Tokens, pairs: Sequence[tuple[int, int]]) -> dict[str, list[int]]:
     aligned, of_teacher = ([pair[i] for pair in pairs] for i in (0, 1))
     ids, labels = theirs
+    labels = [IGNORE, *labels[1:]]  # nothing predicts a first token
     return {"teacher_input_ids": ids, "teacher_labels": labels, "aligned": aligned, "teacher_aligned": of_teacher}
 
 
@@ -271,6 +316,11 @@ def check_tokenizer_options(options: Any) -> None:
             raise ValueError(f"expected no {name} with teacher_tokenizer; got {value}: leave one of them out")
 
 
+def _model_of(teacher: Any) -> Any:
+    (model, *_) = models_of(teacher)
+    return model.model if hasattr(model, "as_it_was") else model
+
+
 def alignment_of(options: Any, tokenizer: Any, teacher_tokenizer: Any, student: Any, teacher: Any) -> Alignment | None:
     """By an `OKDConfig`; None where both models share a tokenizer. teacher_tokenizer: None: where the options say.
 
@@ -281,10 +331,10 @@ def alignment_of(options: Any, tokenizer: Any, teacher_tokenizer: Any, student: 
         return None
     if teacher is None:
         raise ValueError("expected a teacher with teacher_tokenizer; got None: pass one, or leave that out")
-    (model, *_) = models_of(teacher)
+    model = _model_of(teacher)
     given = teacher_tokenizer[0] if isinstance(teacher_tokenizer, list | tuple) else teacher_tokenizer
     if given is None:
-        given = tokenizer_of_model(getattr(model, "model", model)) if source == AUTO else load_tokenizer(source)
+        given = tokenizer_of_model(model) if source == AUTO else load_tokenizer(source)
     if given is None:
         raise ValueError(
             "expected a tokenizer beside the teacher, because of teacher_tokenizer=auto; got none: pass "

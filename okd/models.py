@@ -464,8 +464,8 @@ def describe_parameters(student: nn.Module, teacher: nn.Module | None) -> str:
     for name, model in (("student", student), ("teacher", teacher)):
         if model is None or not any(True for _ in model.parameters()):
             continue
-        shapes = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
-        total = sum(p.numel() for p in model.parameters())
+        shapes = {n: shape_of(p).numel() for n, p in model.named_parameters() if p.requires_grad}
+        total = sum(shape_of(p).numel() for p in model.parameters())
         share = f"{sum(shapes.values()):,} of {total:,} parameters train"
         kinds = sorted({".".join([p for p in n.split(".") if p not in ("default", "weight")][-2:]) for n in shapes})
         shown = ", ".join(kinds[:4]) + (f", ... ({len(kinds)} kinds)" if len(kinds) > 4 else "")

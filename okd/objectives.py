@@ -109,14 +109,15 @@ def aligned_divergence(pair: StudentTeacher, batch: Batch, totals: Totals) -> Di
     objectives: dict[str, Any] = {"student": pair.student_objective, "teacher": pair.teacher_objective}
     loss = pair.distil_aligned(student, teacher, batch, totals.aligned, **without_ce(objectives))
     losses = {"student": loss.student, "teacher": loss.teacher}
-    sides = {
-        "student": (student, pair.student_head, batch["targets"], batch["counts"], totals.tokens),
-        "teacher": (teacher, pair.teacher_head, batch["teacher_targets"], batch["teacher_counts"], totals.teacher_tokens),
-    }
-    for side, (rows, head, targets, counts, normalizer) in sides.items():
+    is_given = [writer not in OWN for writer in batch["writers"]]
+    of_student = student, pair.student_head, batch["targets"], batch["counts"], totals.tokens
+    of_teacher = (
+        *(teacher, pair.teacher_head),
+        *(batch["teacher_targets"], batch["teacher_counts"], totals.teacher_tokens),
+    )
+    for side, (rows, head, targets, counts, normalizer) in zip(losses, (of_student, of_teacher), strict=True):
         if objectives[side] is None or not objectives[side].ce_weight:
             continue
-        is_given = [writer not in OWN for writer in batch["writers"]]
         weights = torch.tensor(is_given, dtype=torch.float32).repeat_interleave(torch.tensor(counts))
         weights = weights.to(targets.device, non_blocking=True)
         options = {"ce_weight": objectives[side].ce_weight, "token_weights": weights}

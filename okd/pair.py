@@ -99,6 +99,11 @@ class StudentTeacher(nn.Module):
             if isinstance(module, PreTrainedModel):
                 module.tie_weights()
 
+    def heads(self) -> list[nn.Module]:
+        """The last layers of all models in it."""
+        models = [module for module in self.modules() if isinstance(module, PreTrainedModel)]
+        return [head for head in (model.get_output_embeddings() for model in models) if head is not None]
+
     def forward(
         self,
         batch: Batch | Callable[[], Any],  # or what is to be done where all weights are whole: `Sharded.inside`

@@ -38,7 +38,7 @@ from okd.decoding import Draw
 from okd.kept import Asked
 from okd.models import position_limit
 from okd.options import option
-from okd.sharding import whole
+from okd.sharding import divide, whole
 
 CONCURRENT = 256  # requests that wait for the server at a time
 RETRIES = urllib3.Retry(5, read=1, backoff_factor=1, status_forcelist=(429, 502, 503, 504), allowed_methods=None)
@@ -121,7 +121,8 @@ class Server:
 
 
 class Push(Protocol):
-    """A way of the student's weights to the server. All processes call it, the first one talks to the server."""
+    """A way of the student's weights to the server. All processes call it, outside of any forward; the first one talks
+    to the server."""
 
     def __call__(self, name: str) -> None:
         """Let the server have the weights of the moment; of a LoRA under this name."""
@@ -163,21 +164,29 @@ class Disk:
             shutil.rmtree(path)
 
     def _whole_state(self) -> dict[str, torch.Tensor]:
-        """One weight after the other; not by state_dict, which divides what a forward has gathered."""
+        """One weight after the other, on the CPU of the first process."""
+        divide(self.student)
         found = {}
-        for name, p in self.student.named_parameters(remove_duplicate=False):
+        for name, p in self.student.named_parameters():
             if p.requires_grad or not self.is_lora:
-                x = whole(p)
+                x = _from_zero3(p) if hasattr(p, "ds_id") and p.requires_grad else whole(p)
                 if self.process == 0:
                     found[name] = x.cpu()
         return found
+
+
+def _from_zero3(p: torch.Tensor) -> torch.Tensor:
+    """From the optimizer's part of it: the model's may be on its way, fetched ahead of a forward that did not come."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(p)
 
 
 class Nccl:
     """By vLLM's engine for it, which gathers divided weights itself. The group is made at the first push."""
 
     def __init__(self, server: Server, student: Any, process: int, timeout: float):
-        if is_lora(student) or any(hasattr(p, "ds_id") for p in student.parameters()):
+        if not goes_by_nccl(student):
             what = "a LoRA" if is_lora(student) else "weights that ZeRO-3 divides"
             raise ValueError(f"expected rollout_push=disk with a student with {what}; got nccl: leave it out")
         self.server, self.student, self.process, self.timeout = server, student, process, timeout
@@ -215,6 +224,10 @@ def is_lora(student: Any) -> bool:
     return hasattr(student, "disable_adapter")
 
 
+def goes_by_nccl(student: Any) -> bool:
+    return not is_lora(student) and not any(hasattr(p, "ds_id") for p in student.parameters())
+
+
 class Rollouts:
     """The server as the student's hand.
 
@@ -225,11 +238,11 @@ class Rollouts:
     def __init__(self, options: Any, student: Any, divided: bool):
         self.options, self.student, self.divided = options, student, divided
         self.server = Server(options.rollout_url, options.rollout_timeout)
-        self.name, self.moment = "", -1
+        self.name, self.moment, self.vocab_size = "", -1, 0
 
-    def begin_run(self) -> None:
-        """Raises where there is no server, or one that does not fit."""
-        self.moment = -1
+    def begin_run(self, vocab_size: int) -> None:
+        """Of responses of these ids. Raises where there is no server, or one that does not fit."""
+        self.moment, self.vocab_size = -1, vocab_size
         _ = self.served, self.push
 
     @cached_property
@@ -250,37 +263,35 @@ class Rollouts:
         kind, process = self.options.rollout_push, self.options.process_index
         if kind is None:
             is_here = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
-            kind = "nccl" if is_here and not is_lora(self.student) else "disk"
+            kind = "nccl" if is_here and goes_by_nccl(self.student) else "disk"
         if kind == "nccl":
             return Nccl(self.server, self.student, process, self.options.rollout_timeout)
         directory = Path(str(self.options.output_dir)) / "rollouts"
         return Disk(self.server, self.student, directory, process, self.divided)
 
+    def sync(self, moment: int) -> None:
+        """Push the student's weights, if that has not been done at this moment (a number, at least 0)."""
+        if moment == self.moment:
+            return
+        name = f"okd-{uuid.uuid4().hex}"
+        self.push(name)
+        (self.name,) = broadcast_object_list([name])  # which other processes wait for
+        self.moment = moment
+
     def write(
         self,
         asked: Sequence[Asked],
         seeds: Sequence[int],
-        moment: int,
         *,
         ends: Collection[int],
-        vocab_size: int,
         draw: Draw,
     ) -> list[list[int]]:
-        """Responses of the student as it is now, or was when this moment (a number, at least 0) was first asked for.
-
-        All processes call it for the same moments.
-        """
-        model = self.served
-        if moment != self.moment:
-            name = f"okd-{uuid.uuid4().hex}"
-            self.push(name)
-            (self.name,) = broadcast_object_list([name])  # which other processes wait for
-            self.moment = moment
+        """Responses of the student as it was when it was last pushed."""
         if not asked:
             return []
         common = {
             **PLAIN,
-            "model": self.name if is_lora(self.student) else model,
+            "model": self.name if is_lora(self.student) else self.served,
             "temperature": draw.temperature,
             "top_p": draw.top_p,
             "top_k": draw.top_k,
@@ -292,8 +303,10 @@ class Rollouts:
         def respond(one: Asked, seed: int) -> list[int]:
             body = {**common, "prompt": one.prompt, "max_tokens": one.limit, "seed": seed}
             ids = self._ids(body)
-            if max(ids) >= vocab_size:  # padding of the head, which is hardly ever drawn: not worth a list each time
-                ids = self._ids({**body, "allowed_token_ids": list(range(vocab_size))})
+            if (
+                max(ids) >= self.vocab_size
+            ):  # padding of the head, which is hardly ever drawn: not worth a list each time
+                ids = self._ids({**body, "allowed_token_ids": list(range(self.vocab_size))})
             return ids
 
         with ThreadPoolExecutor(min(len(asked), CONCURRENT)) as threads:

@@ -39,7 +39,7 @@ from okd.loading import ModelOptions, load_models, teacher_sources
 from okd.models import is_dispatched
 from okd.options import check, option
 from okd.plan import available_memory, check_fits, plan
-from okd.sharding import is_elsewhere, will_be_sharded
+from okd.sharding import is_elsewhere
 from okd.report import format_samples, format_table, plot_curves
 from okd.sources import DataOptions, encode_all, open_all
 from okd.trackers import check_trackers, send
@@ -117,8 +117,7 @@ def _run(
     config: RunConfig, args: OKDConfig, sources: Any, opened: Any, checkpoint: str | None, started: float
 ) -> dict[str, Any]:
     output_dir, method = Path(str(args.output_dir)), args.resolved
-    if not will_be_sharded(args) and not args.deepspeed:  # which divide what is planned
-        check_fits(plan(config, args), available_memory(args.device))
+    check_fits(plan(config, args), available_memory(args.device))
     transformers.set_seed(args.seed)
     student, teacher, tokenizer, teacher_tokenizers = load_models(config, args, sources)
     args = with_vocab_size(args, student, teacher, tokenizer, teacher_tokenizers)
@@ -160,6 +159,9 @@ def _run(
             if before is not None:
                 _write(output_dir / BEFORE, json.dumps(before))
 
+    after: Measured = {}, []
+    seconds: dict[str, float] = {}
+
     def end() -> None:
         nonlocal after
         seconds["training"] = round(time.perf_counter() - training_started, 1)
@@ -173,8 +175,6 @@ def _run(
         if args.process_index == 0:
             send(trainer, "before", _before(output_dir)[0], 0)
 
-    after: Measured = {}, []
-    seconds: dict[str, float] = {}
     trainer.callback_handler.callbacks.insert(0, First(begin, end))
     trainer.callback_handler.callbacks.append(First(send_before))  # after the trackers have begun
     training_started = time.perf_counter()
@@ -231,7 +231,8 @@ def _report(
 ) -> None:
     """Curves, metrics.json, and what a person reads at the end."""
     if any("loss" in entry for entry in trainer.state.log_history):
-        plot_curves(trainer.state.log_history, output_dir / "curves.png")
+        with writing(output_dir / "curves.png", output_dir):
+            plot_curves(trainer.state.log_history, output_dir / "curves.png")
     _write(output_dir / "metrics.json", json.dumps(metrics, indent=2))
     (output_dir / BEFORE).unlink(missing_ok=True)
     trainer.create_model_card()
@@ -269,11 +270,12 @@ def _check_output_dir(config: RunConfig, output_dir: Path) -> str | None:
     """The checkpoint to go on from, or None. Raises FileExistsError rather than touch another run."""
     holds_run = output_dir.is_dir() and any(map(_is_of_a_run, output_dir.iterdir()))
     if config.resume:
-        checkpoint = last_checkpoint(output_dir, warn=args.process_index == 0)
+        checkpoint = last_checkpoint(output_dir, warn=True)
         if checkpoint is not None:
             check_checkpoint(checkpoint, contents=False)  # the trainer looks at those, too
             return str(checkpoint)
-        if (output_dir / "metrics.json").is_file() or not any((output_dir / f).is_file() for f in ("config.yaml", BEGUN)):
+        was_begun = any((output_dir / name).is_file() for name in ("config.yaml", BEGUN))
+        if not was_begun or (output_dir / "metrics.json").is_file():
             raise FileNotFoundError(
                 f"expected a checkpoint to resume from in {output_dir}; got none: leave out --resume"
             )

@@ -29,13 +29,15 @@ def calibration_batches(
     return [collator(chosen[start : start + size]) for start in range(0, n, size)]
 
 
-def non_salient_modules(student: Any, teacher: Any, args: Any, batches: Sequence[Mapping[str, Any]]) -> list[str]:
+def non_salient_modules(
+    student: Any, teacher: Any, args: Any, batches: Sequence[Mapping[str, Any]], outcomes: Any = None
+) -> list[str]:
     """Names of the weight matrices of least saliency that together hold at most `clda_share` of all their weights.
 
     At least one. The mean saliency ranks them, so that the sum that is given up is least for the number of weights
     gained, and size alone decides nothing. Every process takes the first one's choice.
     """
-    scores = saliency(student, teacher, args, batches)
+    scores = saliency(student, teacher, args, batches, outcomes)
     sizes = {name: teacher.get_submodule(name).weight.numel() for name in scores}
     budget = args.clda_share * sum(sizes.values())
     chosen: list[str] = []
@@ -47,7 +49,9 @@ def non_salient_modules(student: Any, teacher: Any, args: Any, batches: Sequence
     return broadcast_object_list([chosen])[0]
 
 
-def saliency(student: Any, teacher: Any, args: Any, batches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def saliency(
+    student: Any, teacher: Any, args: Any, batches: Sequence[Mapping[str, Any]], outcomes: Any = None
+) -> dict[str, float]:
     """Mean over weights and batches of |w dL_t/dw|, by name of the linear modules in the teacher's decoder.
 
     To first order, what L_t would change by were the weight removed (Molchanov et al. 2017). Neither embeddings nor
@@ -79,7 +83,7 @@ def saliency(student: Any, teacher: Any, args: Any, batches: Sequence[Mapping[st
         return hook
 
     pair = StudentTeacher(student, _Whole(teacher), args).eval()
-    pair.student_learns = False
+    pair.student_learns, pair.outcomes = False, outcomes
     teacher.requires_grad_(False)
     hooks = [w.requires_grad_(True).register_post_accumulate_grad_hook(score(name)) for name, w in matrices.items()]
     for batch in batches:

@@ -152,6 +152,11 @@ class Sampler:
         """Every batch is the dataset's."""
         return self.method.responses is dataset and not self.texts
 
+    @property
+    def is_served(self) -> bool:
+        """What is written is written by a server: no weight is read."""
+        return self.rollouts is not None and self.method.responses is not paired
+
     def __call__(self, batches: Sequence[Batch], step: int) -> list[Batch]:
         """The batches of one optimizer step, written by whom the policy chooses; on the device of the old ones."""
         result = []
@@ -276,14 +281,11 @@ class Sampler:
 
     def _asked_for(self, rollouts: Rollouts, asked: Sequence[Asked]) -> list[list[int]]:
         """Responses of the student by a server."""
-        options, at_epochs = self.options, self.method.generate == "epoch"
         teacher = None if self.pair.teacher is None else self.pair.teacher.model
         responses = rollouts.write(
             asked,
-            [seed_of(options.seed, self.step, one.name, STUDENT) for one in asked],
-            self.step if at_epochs else self.step // options.rollout_sync_steps,
+            [seed_of(self.options.seed, self.step, one.name, STUDENT) for one in asked],
             ends=self._ends(self.pair.student, teacher),
-            vocab_size=self._vocab_size(),
             draw=self.method.draw,
         )
         self.note(generated_tokens=sum(map(len, responses)))
@@ -335,11 +337,25 @@ class Sampler:
             heads.append(self.pair.teacher.head())
         return min([len(head.weight) for head in heads] + [self.options.vocab_size or len(heads[0].weight)])
 
+    def push(self, step: int | None = None, epoch: int | None = None) -> None:
+        """The student's weights to the server that will write for this step, or this epoch; outside of any forward, in
+        which some are whole and others are not. All processes call it."""
+        if self.rollouts is None or (epoch is None) == (self.method.generate == "epoch"):
+            return
+        started = time.perf_counter()
+        if epoch is not None:
+            self.rollouts.sync(epoch)
+        else:
+            self.coin = uniform(self.options.seed, step)
+            if student_writes(self):
+                self.rollouts.sync(step // self.options.rollout_sync_steps)
+        self.note(generating_seconds=time.perf_counter() - started)
+
     def begin_run(self, epoch: int) -> None:
         """Forget what later epochs of an earlier run in this directory left; -1: all of them."""
         self.keeper.begin_run(epoch)
         if self.rollouts is not None:
-            self.rollouts.begin_run()
+            self.rollouts.begin_run(self._vocab_size())
         if self.pair.is_sharded and self.method.generate != "step":
             _ = self.keeper.how  # reads weights, which all processes gather
 
@@ -420,10 +436,19 @@ def dataset(sampler: Sampler, rows: list[Row]) -> list[Row]:
     return rows
 
 
+def student_writes(sampler: Sampler) -> bool:
+    """Whether the student writes at this step, of the policies in which it does so alone; the same on all processes."""
+    method, coin = sampler.method, sampler.coin
+    if method.responses is not replay:
+        return coin < method.student_share
+    phi, is_full = sampler.state["phi"], len(sampler.state["buffer"]) >= sampler.options.replay_size
+    return coin < phi and (coin < phi * (1 - sampler.pair.progress) or bool(sampler.together(not is_full)))
+
+
 @reads(LengthOptions, DrawOptions, RolloutOptions, ShareOptions)
 def student(sampler: Sampler, rows: list[Row]) -> list[Row]:
     """At a share of the steps the student writes the batch (ImitKD, GKD)."""
-    return sampler.respond(rows) if sampler.coin < sampler.method.student_share else rows
+    return sampler.respond(rows) if student_writes(sampler) else rows
 
 
 @reads(LengthOptions, MixtureOptions)
@@ -466,7 +491,7 @@ def replay(sampler: Sampler, rows: list[Row]) -> list[Row]:
     phi, buffer, size = sampler.state["phi"], sampler.state["buffer"], sampler.options.replay_size
     if sampler.coin >= phi:
         return rows
-    if sampler.coin < phi * (1 - sampler.pair.progress) or sampler.together(len(buffer) < size):
+    if student_writes(sampler):
         written = sampler.respond(rows)
         buffer += [row for row in written if row.get("writer") == STUDENT]
         del buffer[:-size]

@@ -52,12 +52,6 @@ def launch_options(kind: str) -> dict[str, Any]:
     return {"deepspeed": {"zero_optimization": {"stage": stage}, **auto, **dtypes}}
 
 
-def will_be_sharded(options: Any) -> bool:
-    """Whether a trainer with these options divides the weights of its models."""
-    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return bool(options.fsdp) or by_launcher or is_deepspeed_zero3_enabled()
-
-
 def is_divided(model: nn.Module) -> bool:
     """ZeRO-3 has loaded it in parts."""
     return any(hasattr(p, "ds_id") for p in model.parameters())
@@ -127,6 +121,17 @@ def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(divided)
+
+
+def hold_heads(pair: Any) -> None:
+    """ZeRO-3 gathers a weight for the module that has it. A head is read in the pair's forward, and may be the input
+    embedding, too, which would take it away when it has run."""
+    import deepspeed
+
+    for head in pair.heads():
+        for p in (p for p in head.parameters() if hasattr(p, "ds_id")):
+            p.is_external_param = True
+            deepspeed.zero.register_external_parameter(pair, p)
 
 
 class Sharded:
@@ -225,6 +230,20 @@ def load_optimizer_shards(model: nn.Module, optimizer: torch.optim.Optimizer, di
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.load(state, checkpoint_id=directory)
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def save_deepspeed(engine: Any, model: Any, state: Mapping[str, Tensor], directory: Path) -> None:
+    """These weights as far as they train, and the optimizer's state, by each process its part."""
+
+    def without_others(module: nn.Module, found: dict[str, Any], *_: Any) -> None:
+        for name in found.keys() - state.keys():  # DeepSpeed leaves a frozen head there that is the input embedding
+            del found[name]
+
+    hook = model.register_state_dict_post_hook(without_others)
+    try:
+        engine.save_checkpoint(str(directory), exclude_frozen_parameters=True)
+    finally:
+        hook.remove()
 
 
 def load_deepspeed(engine: Any, directory: Path) -> None:

@@ -27,6 +27,7 @@ from transformers.utils import CONFIG_NAME
 from okd.models import BASE, decoder_modules, load_model
 from okd.online import adapter_names
 from okd.options import option
+from okd.sharding import is_divided, loaded_whole
 from okd.teachers import refuse_injected
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -144,12 +145,13 @@ def _with_named_base(model: Any, options: Any) -> Any:
 
 def _is_what_its_name_loads(model: Any) -> bool:
     base = model.get_base_model()
-    if getattr(base, "is_quantized", False):
+    if getattr(base, "is_quantized", False) or is_divided(base):  # as they were loaded, for nothing changes them
         return bool(base.name_or_path)
     own = base_state(model)
     try:
         files = _weight_files(base.name_or_path)
-        return bool(files) and (_are_in(files, own) or _are_equal(own, load_model(base.name_or_path).state_dict()))
+        with loaded_whole():
+            return bool(files) and (_are_in(files, own) or _are_equal(own, load_model(base.name_or_path).state_dict()))
     except (OSError, ValueError):  # no model of that name
         return False
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_reporting_integration_callbacks
 
 
-def check_trackers(names: Sequence[str]) -> None:
+def check_trackers(names: Any) -> None:
     """Raise ValueError for one that transformers does not know, ImportError for one that is not installed."""
     for name in names:
         (tracker,) = get_reporting_integration_callbacks(name)

@@ -23,7 +23,7 @@ from okd.ensemble import models_of
 from okd.evaluate import Evaluation
 from okd.hub import Hub
 from okd.meters import LogFile, Logging, Meters, summed
-from okd.models import describe_parameters, tokenizer_of, vocabulary_of
+from okd.models import describe_parameters, tokenizer_of
 from okd.objectives import Totals
 from okd.pair import StudentTeacher
 from okd.sampling import Sampler
@@ -98,13 +98,13 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Sharded, Hub, Durable, Trai
         if alignment is not None:
             checks.check_aligned(teacher, rows, held_out)
         checks.check_packed(args, student, teacher)
-        given, teacher = teacher, checks.prepare_teacher(teacher, args, student, rows, collator)
+        outcomes = None if alignment is None else alignment.outcomes_of(student, teacher)
+        given, teacher = teacher, checks.prepare_teacher(teacher, args, student, rows, collator, outcomes)
         checks.place(teacher, given, args)
         checks.check_writers(args, student, teacher)
         checks.warn_of_models(student, teacher, args, rows)
         pair = StudentTeacher(student, teacher, args)
-        if alignment is not None:
-            pair.outcomes = alignment.outcomes(vocabulary_of(student), vocabulary_of(teacher.model))
+        pair.outcomes = outcomes
         super().__init__(
             model=pair,
             args=args,
@@ -155,8 +155,12 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Sharded, Hub, Durable, Trai
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.pair.at(self.state.global_step, self.state.max_steps)
         if not self.sampler.is_idle and batches:
-            with self.accelerator.autocast(), kept_whole(self.pair.student):  # as in the step
-                batches = self.inside(lambda: self.sampler(batches, self.state.global_step))
+            self.sampler.push(step=self.state.global_step)
+            if self.sampler.is_served:
+                batches = self.sampler(batches, self.state.global_step)
+            else:
+                with self.accelerator.autocast(), kept_whole(self.pair.student):  # as in the step
+                    batches = self.inside(lambda: self.sampler(batches, self.state.global_step))
         shared = ranks() > 1 and self.args.average_tokens_across_devices
         return batches, Totals.of(batches, (lambda x: summed(x.to(device))) if shared else None)
 

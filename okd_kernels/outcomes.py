@@ -11,6 +11,7 @@ Legend: N positions, V_s / V_t vocabularies, D_s / D_t hidden sizes, K outcomes,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,34 +30,54 @@ from okd_kernels.torch_rows import blocks
 
 @dataclass(frozen=True)
 class Outcomes:
-    """A model's ids as outcomes, in the order of the other model's: each of `ids` (S,) is one, and each of `groups`,
-    tensors of ids, is one together. No id stands in two of them; one in none exists for nobody."""
+    """What each id of a model is among outcomes 0, 1, ..., `size` - 1, that are those of another model's ids, too.
 
-    ids: Tensor  # (S,) int64
-    groups: tuple[Tensor, ...] = ()
+    Several ids may be one outcome together; an id of -1 exists for nobody. Raises ValueError for others.
+    """
 
-    def __len__(self) -> int:
-        return len(self.ids) + len(self.groups)
+    of_ids: Tensor  # (V,) int64
+    size: int
+
+    def __post_init__(self) -> None:
+        ids = self.of_ids
+        if ids.device.type == "cpu" and len(ids) and not -1 <= int(ids.min()) <= int(ids.max()) < self.size:
+            raise ValueError(f"expected outcomes in [0, {self.size}), or -1; got {int(ids.min())} to {int(ids.max())}")
 
     def to(self, device: torch.device | str) -> Outcomes:
-        return Outcomes(self.ids.to(device), tuple(group.to(device) for group in self.groups))
+        return self if self.of_ids.device == torch.device(device) else Outcomes(self.of_ids.to(device), self.size)
+
+    @cached_property
+    def _columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+        """Ids that are in an outcome, by outcome; these outcomes; those of one id; their ids; whether all are."""
+        order = self.of_ids.argsort(stable=True)
+        kept = order[(self.of_ids < 0).sum() :]
+        outcome = self.of_ids[kept]
+        alone = outcome.bincount(minlength=self.size)[outcome] == 1
+        return kept, outcome, outcome[alone], kept[alone], int(alone.sum()) == self.size
 
     def logits(self, z: Tensor, temperature: float = 1.0) -> Tensor:
-        """(n, K) u such that softmax(u / T) are the sums of softmax(z / T), z (n, V) without the ids in none.
+        """(n, size) u such that softmax(u / T) are the sums of softmax(z / T), z (n, V) without the ids of -1.
 
-        By log-sum-exp of a group's own logits, never as 1 - the others, which cancels.
+        An outcome's is the log-sum-exp of its own logits, never 1 - the others, which cancels; of one id its logit.
         """
-        sums = [temperature * (z[:, group] / temperature).logsumexp(1, keepdim=True) for group in self.groups]
-        return torch.cat([z.index_select(1, self.ids), *sums], 1)
+        kept, outcome, places, single, each_alone = self._columns
+        if each_alone:
+            return z.index_select(1, kept)
+        of_kept = z.index_select(1, kept)
+        top = of_kept.detach().amax(1, keepdim=True)
+        sums = z.new_zeros(len(z), self.size)
+        sums = sums.scatter_add(1, outcome.expand_as(of_kept), ((of_kept - top) / temperature).exp())
+        u = top + temperature * sums.clamp_min(torch.finfo(z.dtype).tiny).log()
+        return u.index_copy(1, places, z.index_select(1, single))
 
 
 def linear_outcome_distillation_loss(
     student_hidden: Tensor,  # (..., D_s)
     student_head: Head,  # (V_s, D_s)
-    student_outcomes: Outcomes,  # K
+    student_outcomes: Outcomes,  # of V_s ids
     teacher_hidden: Tensor,  # (..., D_t)
     teacher_head: Head,  # (V_t, D_t)
-    teacher_outcomes: Outcomes,  # K
+    teacher_outcomes: Outcomes,  # of V_t ids
     *,
     student: str | Objective = "forward_kl",
     teacher: str | Objective | None = None,
@@ -90,20 +111,16 @@ def linear_outcome_distillation_loss(
             f"expected objectives without cross-entropy, as outcomes are no labels; got {objectives}: add it by "
             "linear_sparse_distillation_loss with weight=0"
         )
-    if (len(student_outcomes.ids), len(student_outcomes.groups)) != (
-        len(teacher_outcomes.ids),
-        len(teacher_outcomes.groups),
-    ):
+    if student_outcomes.size != teacher_outcomes.size:
         raise ValueError(
-            f"expected the same outcomes of both models; got {len(student_outcomes.ids)} ids and "
-            f"{len(student_outcomes.groups)} groups of the student, {len(teacher_outcomes.ids)} and "
-            f"{len(teacher_outcomes.groups)} of the teacher"
+            f"expected the same outcomes of both models; got {student_outcomes.size} of the student, and "
+            f"{teacher_outcomes.size} of the teacher"
         )
     heads, operands = [], list[Tensor | None]()
     given = (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head))
     for (name, hidden, of_model), of_side in zip(given, outcomes, strict=True):
         head = LinearHead.of(of_model).gathered()
-        _check_ids(name, of_side, head)
+        _check_outcomes(name, of_side, head)
         hidden, dtype = hidden.reshape(-1, hidden.shape[-1]), compute_dtype(name, hidden, head)
         x, weight, (lora_x, lora_b) = hidden.to(dtype), head.weight.to(dtype), head.low_rank(hidden)
         if lora_x is not None and lora_b is not None:
@@ -121,21 +138,22 @@ def linear_outcome_distillation_loss(
     if not isinstance(total, Tensor):
         total = losses[0].new_full((), total)
     total = total.to(losses[0].device, losses[0].dtype).reshape(())
-    student_loss, teacher_loss = (torch.where(total == 0, 0, loss / total) for loss in losses)
+    factor = torch.where(total == 0, 0, 1 / total)  # nothing counted: zero loss, zero gradients
+    student_loss, teacher_loss = (loss * factor for loss in losses)
     named = {name: x.reshape(shape) for name, x in zip(METRICS, metrics.unbind(), strict=True)}
     return DistillationLoss(student_loss, None if teacher is None else teacher_loss, named)
 
 
-def _check_ids(name: str, outcomes: Outcomes, head: LinearHead) -> None:
-    """On a CPU, where reading them waits for nothing."""
-    for ids in (outcomes.ids, *outcomes.groups):
-        if ids.device != head.weight.device:
-            raise ValueError(f"expected the {name}'s outcomes on {head.weight.device}, as its head; got {ids.device}")
-        if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(head.weight):
-            raise ValueError(
-                f"expected ids of the {name}'s outcomes in [0, {len(head.weight)}), its head's rows; got "
-                f"{int(ids.min())} to {int(ids.max())}"
-            )
+def _check_outcomes(name: str, outcomes: Outcomes, head: LinearHead) -> None:
+    if outcomes.of_ids.device != head.weight.device:
+        raise ValueError(
+            f"expected the {name}'s outcomes on {head.weight.device}, as its head; got {outcomes.of_ids.device}"
+        )
+    if len(outcomes.of_ids) != len(head.weight):
+        raise ValueError(
+            f"expected an outcome, or -1, for each of the {len(head.weight)} rows of the {name}'s head; got "
+            f"{len(outcomes.of_ids)}"
+        )
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,15 @@ def _with_fsdp(self, *args, fsdp_plugin=None, **options):
         state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-def _with_deepspeed(self, cpu=False, *args, **options):
-    is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    return ("gloo", DistributedType.MULTI_GPU) if is_deepspeed else _prepare(self, cpu, *args, **options)
+def _as_if_of_gpus(self, cpu=False, *args, **options):
+    is_one_of_several = "LOCAL_RANK" in os.environ and not cpu
+    return ("gloo", DistributedType.MULTI_GPU) if is_one_of_several else _prepare(self, cpu, *args, **options)
 
 
 def on_gloo():
     """Call it first; DeepSpeed wants use_cpu=False."""
     state.AcceleratorState.__init__ = _with_fsdp
-    state.PartialState._prepare_backend = _with_deepspeed
+    state.PartialState._prepare_backend = _as_if_of_gpus
     os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
     if importlib.util.find_spec("deepspeed"):
         from deepspeed.comm import torch as deepspeed_torch

@@ -148,6 +148,7 @@ def test_a_run_pushes_the_student_at_its_end(folder, tmp_path, api):
     assert AutoTokenizer.from_pretrained(got).get_vocab() == tiny.tokenizer().get_vocab()
     assert 'from_pretrained("me/run")' in (got / "README.md").read_text()
     assert {"README.md", "config.json", "generation_config.json", "model.safetensors"} <= set(sent["files"])
+    assert "hub_token" not in (run / "config.yaml").read_text()
     assert not any("secret" in p.read_text() for p in run.glob("*.*") if p.suffix in (".yaml", ".json", ".jsonl"))
 
 
@@ -169,7 +170,7 @@ def test_a_hub_that_refuses_is_found_before_models_are_loaded(folder, tmp_path, 
 
 
 def trainer(folder, student=None, **options):
-    config = tiny.config(folder, method="sft", max_steps=2, push_to_hub=True, hub_model_id="me-too", **options)
+    config = tiny.config(folder, method="sft", max_steps=2, hub_model_id="me-too", **{"push_to_hub": True, **options})
     return OKDTrainer(
         student or tiny.llama(), None, config, train_dataset=tiny.examples(8), processing_class=tiny.tokenizer()
     )
@@ -188,10 +189,11 @@ def test_at_every_save(tmp_path, api, caplog):
     assert again.state.global_step == 2 and "the training goes on" in caplog.text
 
 
-def test_push_to_hub_from_python(tmp_path, api):
-    run = trainer(tmp_path)
+@pytest.mark.parametrize("asked", [True, False])
+def test_push_to_hub_from_python(tmp_path, api, asked):
+    run = trainer(tmp_path, push_to_hub=asked)
     run.train()
-    assert not api.of("upload_folder"), "at the end of a run, or when it is called"
+    assert len(api.of("create_repo")) == asked and not api.of("upload_folder"), "when it is called"
     run.push_to_hub("done", license="mit", model_name="A student")
     ((_, sent),) = api.of("upload_folder")
     assert (sent["repo_id"], sent["commit_message"], sent["folder_path"]) == ("me/me-too", "done", tmp_path / "student")

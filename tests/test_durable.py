@@ -1,17 +1,18 @@
 """What happens to long runs: kills at any moment, full disks, damaged files, other numbers of processes."""
 
+import errno
 import json
 import os
 import random
 import resource
 import signal
-import subprocess
+import socket
 import sys
 
 import pytest
 import tiny
 from tiny import train_arguments
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 
 from okd import OKDTrainer, durable
 from okd.cli import main
@@ -107,47 +108,58 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_student(folder, tmp_path
     assert names(run) == ["checkpoint-7", "checkpoint-8"]
 
 
-HURT = """
-import errno, os, signal, sys
-from okd.cli import main
-from okd.trainer import OKDTrainer
+def on_two_processes(argv, hurt=None):
+    """Their exit statuses; `hurt` is how the second one saves its random state."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(2):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            status = 1
+            try:
+                signal.alarm(60)  # ends the one that waits for ever
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                if rank == 1 and hurt is not None:
+                    OKDTrainer._save_rng_state = hurt
+                status = main(argv)
+            finally:
+                os._exit(status)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
-save = OKDTrainer._save_rng_state
 
-def hurt(self, directory):
-    if os.environ["RANK"] == "1" and self.state.global_step == 3:
-        if os.environ["HURT"] == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
+save_rng_state = OKDTrainer._save_rng_state
+
+
+def die(self, directory):
+    if self.state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save_rng_state(self, directory)
+
+
+def fill(self, directory):
+    if self.state.global_step == 3:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    save(self, directory)
-
-OKDTrainer._save_rng_state = hurt
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def on_processes(n, script, argv, **environment):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *script]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([*launch, *argv], capture_output=True, text=True, timeout=200, env=environment)
+    save_rng_state(self, directory)
 
 
 @pytest.mark.slow
-def test_where_one_of_two_processes_ends_in_a_save_both_stop_and_go_on(folder, tmp_path, capsys):
+def test_where_one_of_two_processes_ends_in_a_save_both_stop_and_go_on(folder, tmp_path, capfd):
     """What one has written of a checkpoint is not whole. Another number of processes is refused."""
-    whole, script, okd = tmp_path / "whole", tmp_path / "hurt.py", ("-m", "okd.cli")
-    script.write_text(HURT)
-    assert on_processes(2, okd, train_arguments(folder, whole)).returncode == 0
-    for hurt in ("killed", "full"):
-        argv = train_arguments(folder, tmp_path / hurt)
-        done = on_processes(2, [str(script)], argv, HURT=hurt)
-        assert done.returncode != 0 and last_checkpoint(tmp_path / hurt).name == "checkpoint-2"
-        said = "checkpoint-3: expected to write it; got [Errno 28] No space left" in done.stderr
-        assert said == (hurt == "full"), done.stderr
-    done = on_processes(2, okd, [*argv, "--resume"])
-    assert done.returncode == 0 and outcome(tmp_path / "full") == outcome(whole), done.stderr
+    whole = tmp_path / "whole"
+    assert on_two_processes(train_arguments(folder, whole)) == [0, 0]
+    for hurt, status in ((die, -signal.SIGKILL), (fill, 2)):
+        run = tmp_path / hurt.__name__
+        argv = train_arguments(folder, run)
+        assert on_two_processes(argv, hurt) == [1, status]
+        assert names(run)[-1] == "checkpoint-3" and last_checkpoint(run).name == "checkpoint-2"
+        assert on_two_processes([*argv, "--resume"]) == [0, 0]
+        assert outcome(run) == outcome(whole)
+    assert "checkpoint-3: expected to write it; got [Errno 28] No space left on device (" in capfd.readouterr().err
     assert main([*argv, "--resume"]) == 2
-    assert "expected 2 processes, by whose number" in capsys.readouterr().err
+    assert "expected 2 processes, by whose number" in capfd.readouterr().err
 
 
 # --- checkpoints
@@ -178,11 +190,11 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over_and_written_anew(tmp_pat
     half = tmp_path / "parts" / "checkpoint-3"
     (half / "left-over").touch()
     assert not is_whole(half) and last_checkpoint(tmp_path / "parts").name == "checkpoint-2"
-    assert f"{half}: expected a whole checkpoint; got one cut short: passing it over" in caplog.text
     again = trainer(tmp_path / "parts")
     with pytest.raises(ValueError, match=r"got one cut short: remove .*3, and --resume goes on from checkp"):
         again.train(resume_from_checkpoint=str(half))
     again.train(resume_from_checkpoint=True)
+    assert f"{half}: expected a whole checkpoint; got one cut short: passing it over" in caplog.text
     tiny.assert_same_weights(again.pair.student, whole.pair.student)
     assert names(tmp_path / "parts") == ["checkpoint-3", "checkpoint-4"] and is_whole(half)
     assert not (half / "left-over").exists()
@@ -194,13 +206,18 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_go_on_from(tmp_path, mon
         trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
+class Begun(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.at = state.global_step
+
+
 def test_a_checkpoint_of_an_earlier_version_is_taken_as_it_is(tmp_path):
     trainer(tmp_path, max_steps=2).train()
     for name in names(tmp_path):
         (tmp_path / name / MANIFEST).unlink()
-    again = trainer(tmp_path)
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 4 and again._initial_global_step == 2
+    again, begun = trainer(tmp_path), Begun()
+    again.add_callback(begun)
+    assert again.train(resume_from_checkpoint=True).global_step == 4 and begun.at == 2
 
 
 def test_what_is_left_of_a_removed_checkpoint_does_not_look_whole(tmp_path, monkeypatch):
@@ -221,6 +238,77 @@ def test_the_best_checkpoint_and_the_last_stay(tmp_path):
         assert names(output) == kept and all(map(is_whole, checkpoints(output)))
         best = type(run.pair.student).from_pretrained(output / "checkpoint-1" / "student")
         tiny.assert_same_weights(run.pair.student, best)
+
+
+def test_older_checkpoints_go_after_the_new_one_is_whole(tmp_path, monkeypatch):
+    write = durable.write_manifest
+    monkeypatch.setattr(durable, "write_manifest", lambda path: die_at(path, "checkpoint-3") or write(path))
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, save_total_limit=1).train()
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"] and last_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def die_at(path, name):
+    if path.name == name:
+        raise KeyboardInterrupt
+
+
+def test_what_is_removed_at_the_end_of_a_run_does_not_look_whole(tmp_path, monkeypatch):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 1.0}
+    run = trainer(tmp_path, save_total_limit=1, max_steps=2, **options)
+    monkeypatch.setattr(durable.shutil, "rmtree", lambda *_, **__: None)  # killed there
+    run.train()
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"] and last_checkpoint(tmp_path).name == "checkpoint-1"
+
+
+def test_a_base_that_was_cut_short_is_written_anew(tmp_path, monkeypatch):
+    """Of a LoRA's checkpoints, which name the directory."""
+
+    def half(self, directory, **_):
+        directory.mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    options = {"student_lora_rank": 2, "max_steps": 1}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LlamaForCausalLM, "save_pretrained", half)
+        trainer(tmp_path, **options).train()
+    trainer(tmp_path, **options).train()
+    saved = LlamaForCausalLM.from_pretrained(tmp_path / "student" / "base")
+    tiny.assert_same_weights(saved, tiny.llama())
+
+
+def test_a_checkpoint_that_a_run_has_gone_on_from_is_not_written_again(tmp_path):
+    """At its end, where it would be missing while it is written."""
+    options = {"save_strategy": "epoch"}  # ends inside the first
+    trainer(tmp_path, **options).train()
+    file = tmp_path / "checkpoint-4" / MANIFEST
+    written = file.stat().st_mtime_ns
+    assert trainer(tmp_path, **options).train(resume_from_checkpoint=True).global_step == 4
+    assert file.stat().st_mtime_ns == written
+
+
+class Preempt(TrainerCallback):
+    """As SIGTERM does, seconds later."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.manager.is_checkpoint_requested = True
+
+
+def test_a_checkpoint_on_sigterm_is_whole(tmp_path):
+    """transformers' enable_jit_checkpoint, whose mark of what is not whole is ours, too."""
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    term, preempt = signal.getsignal(signal.SIGTERM), Preempt()
+    run = trainer(tmp_path / "parts", preempt, save_strategy="no", enable_jit_checkpoint=True)
+    (jit,) = (c for c in run.callback_handler.callbacks if hasattr(c, "jit_manager"))
+    preempt.manager = jit.jit_manager
+    run.train()
+    assert signal.getsignal(signal.SIGTERM) == term
+    assert names(tmp_path / "parts") == ["checkpoint-2"] and is_whole(tmp_path / "parts" / "checkpoint-2")
+    again = trainer(tmp_path / "parts")
+    again.train(resume_from_checkpoint=True)
+    tiny.assert_same_weights(again.pair.student, whole.pair.student)
 
 
 def test_weights_alone(tmp_path):
@@ -315,11 +403,9 @@ def test_a_directory_that_cannot_be_written_is_found_before_models_are_loaded(fo
 
 
 def test_to_resume_a_run_without_a_checkpoint_is_to_begin_anew(folder, tmp_path, capsys, caplog, monkeypatch):
-    """Of one that was killed while it loaded, or before its first save; but not where there is none, or a finished one."""
-    run, command = (
-        tmp_path / "run",
-        train_arguments(folder, tmp_path / "run", "--max-steps", "1", "--save-strategy", "no"),
-    )
+    """Of one that was killed while it loaded, or before its first save; not where there is none, or a finished one."""
+    run = tmp_path / "run"
+    command = train_arguments(folder, run, "--max-steps", "1", "--save-strategy", "no")
     assert main([*command, "--resume"]) == 2
     assert f"expected a checkpoint to resume from in {run}; got none" in capsys.readouterr().err
     with monkeypatch.context() as patch:

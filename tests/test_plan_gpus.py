@@ -1,11 +1,13 @@
 """What several devices hold of two models, and send one another: against counts of the models, and by hand."""
 
 import logging
+import weakref
 
 import pytest
 import tiny
 from test_plan import parts, planned, really_saved, save  # noqa: F401  (a fixture)
 from transformers import LlamaConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from okd.cli import main, parse_train
 from okd.cluster import BUCKET, CARDS, sharding_of
@@ -63,6 +65,9 @@ def test_fsdp2_leaves_gradients_whole_between_micro_batches(tmp_path, models):
     found = sharded(tmp_path, options, "fsdp2", gradient_accumulation_steps=2)
     online = sum(p.numel() for p in teacher.parameters() if p.requires_grad)
     assert parts(found)["gradients on their way"].forward == 2 * (numel(student) + online)
+    assert parts(found)["student gradients"].forward == 0  # no share beside them
+    once = parts(sharded(tmp_path, options, "zero3"))["student gradients"]
+    assert once.forward == 2 * numel(student) / N  # which DeepSpeed keeps from step to step
     assert "raise the batch, not the accumulation" in found.table()
     assert parts(found)["loss: head's gradient"].update == 0  # sent, while one device has it beside the embeddings'
     once = sharded(tmp_path, options, "fsdp2").traffic
@@ -171,6 +176,22 @@ def test_the_kind_is_that_of_the_arguments_or_the_launcher(tmp_path, monkeypatch
     for stage, kind in ((0, "ddp"), (2, "zero2"), (3, "zero3")):
         args.deepspeed_plugin = type("Plugin", (), {"zero_stage": stage})
         assert sharding_of(args) == kind
+
+
+def test_a_run_with_zero3_is_planned_with_whole_models(tmp_path, models, monkeypatch):
+    """There transformers would divide what it makes."""
+    options, _, student = models
+
+    class Zero3:
+        def is_zero3(self):
+            return True
+
+    config = Zero3()
+    monkeypatch.setattr("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", weakref.ref(config))
+    found = sharded(tmp_path, options, "zero3")
+    assert is_deepspeed_zero3_enabled()
+    assert found.parameters["student"] == numel(student) and found.flops["student forward"] > 0
+    assert not any("could not be built" in note for note in found.notes)
 
 
 def test_what_fits_when_divided(tmp_path, models, caplog):

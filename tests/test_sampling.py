@@ -641,13 +641,6 @@ def test_config_errors(options, message):
         OKDConfig(**{"method": "gkd", **options})
 
 
-def test_refuses_sharded_models(tmp_path):
-    run = trainer(tmp_path)
-    run.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match=r"expected whole models on each process with method gkd.*use DDP"):
-        run.train()
-
-
 @pytest.mark.parametrize("method", ["gkd", "skd", "seqkd"])
 def test_a_model_that_is_not_finite_stops_at_its_loss(method, tmp_path):
     """Not at an index out of range while it writes."""

@@ -739,13 +739,6 @@ def test_refuses_one_model_as_student_and_teacher(tmp_path, method):
     assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "peft_config")
 
 
-def test_refuses_to_evaluate_sharded_models(tmp_path):
-    run = trainer(tmp_path)
-    run.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match=r"expected whole models on each process to evaluate; .*okd evaluate"):
-        run.evaluate()
-
-
 @pytest.mark.parametrize(
     "metric, better", [(None, False), ("eval_reverse_kl", False), ("eval_perplexity", False), ("top1_agreement", True)]
 )
@@ -766,21 +759,31 @@ def test_only_the_process_that_should_save_writes(tmp_path, monkeypatch):
     assert not (tmp_path / "other" / "student").exists() and not (tmp_path / "other" / "teacher_adapter").exists()
 
 
-def test_refuses_sharded_state_dicts(tmp_path, monkeypatch):
-    """Trainer.save_model would save nothing."""
-    run = trainer(tmp_path)
-    run.is_fsdp_enabled = True
-    plugin = types.SimpleNamespace(state_dict_type="StateDictType.SHARDED_STATE_DICT")
+@pytest.mark.parametrize(
+    "options, version, message",
+    [
+        ({}, 1, "expected FSDP2; got FSDP1"),
+        ({"student_lora_rank": 2, "student_save": "merged"}, 2, "to merge the student's LoRA; got sharded ones"),
+        ({"method": "rl_multi_teacher"}, 2, "with method rl_multi_teacher, whose policy ascends by itself"),
+        ({"alternating": True}, 0, "to learn at every step under DeepSpeed, .*; got alternating"),
+        ({"online_start": 0.5}, 0, "to learn at every step under DeepSpeed, .*; got online_start"),
+    ],
+)
+def test_refuses_of_divided_models(tmp_path, monkeypatch, options, version, message):
+    teacher = [tiny.llama(seed=1), tiny.llama(seed=2)] if "method" in options else tiny.llama(seed=1)
+    run = trainer(tmp_path, teacher=teacher, **options)
+    run.is_fsdp_enabled, run.is_deepspeed_enabled = version > 0, version == 0
+    plugin = types.SimpleNamespace(fsdp_version=version)
     monkeypatch.setattr(run.accelerator.state, "fsdp_plugin", plugin, raising=False)
-    with pytest.raises(ValueError, match=r"expected FSDP with state_dict_type FULL_STATE_DICT, .*got .*SHARDED"):
+    with pytest.raises(ValueError, match=message):
         run.train()
 
 
-def test_refuses_to_resume_shards(tmp_path):
+def test_refuses_to_evaluate_what_is_to_be_divided(tmp_path):
     run = trainer(tmp_path)
     run.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="expected whole models on each process to resume; got FSDP's shards"):
-        run.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="expected a training that divides the models before they are evaluated"):
+        run.evaluate()
 
 
 def test_a_teacher_with_somebody_elses_online_module_is_refused(tmp_path):
