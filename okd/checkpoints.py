@@ -84,7 +84,7 @@ def _load_memory(pair: StudentTeacher, directory: Path) -> None:
 
 
 def weights(pair: StudentTeacher) -> dict[str, Tensor]:
-    """All that `save` keeps of the pair, by its names there: what trains, and of a LoRA the base where nothing names it.
+    """All that `save` keeps of the pair, by its names there: what trains, and a LoRA's base where nothing names it.
 
     Of a pair whose weights are divided, this process's part.
     """

@@ -298,7 +298,7 @@ def check_packed(options: Any, student: Any, teacher: Any) -> None:
 
 
 def check_models(options: Any, student: Any, teacher: Any) -> None:
-    """Raise ValueError for what shows in a forward of whole models: heads that do more than a product, lines of rows."""
+    """Raise ValueError for what shows in a forward: heads that do more than a product, lines of rows."""
     for name, model in (("student", student), ("teacher", getattr(teacher, "model", None))):
         if model is not None:
             check_head(model, name)

@@ -165,8 +165,8 @@ class OKDConfig(
             return
         if self.shard not in KINDS or self.fsdp or self.deepspeed:
             raise ValueError(
-                f"expected shard to be one of {', '.join(KINDS)}, without fsdp or deepspeed beside it; got {self.shard!r}"
-                f", fsdp={self.fsdp} and deepspeed={self.deepspeed}: choose one"
+                f"expected shard to be one of {', '.join(KINDS)}, without fsdp or deepspeed beside it; got "
+                f"{self.shard!r}, fsdp={self.fsdp} and deepspeed={self.deepspeed}: choose one"
             )
         for name, value in launch_options(self.shard).items():
             setattr(self, name, value)

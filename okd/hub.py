@@ -69,7 +69,7 @@ class Hub:
     args: Any
     callback_handler: Any
     control: Any
-    hub_model_id: str | None
+    hub_model_id: Any
     is_world_process_zero: Any
     model: Any
     pair: Any

@@ -39,8 +39,8 @@ from okd.loading import ModelOptions, load_models, teacher_sources
 from okd.models import is_dispatched
 from okd.options import check, option
 from okd.plan import available_memory, check_fits, plan
-from okd.sharding import is_elsewhere
 from okd.report import format_samples, format_table, plot_curves
+from okd.sharding import is_elsewhere
 from okd.sources import DataOptions, encode_all, open_all
 from okd.trackers import check_trackers, send
 from okd.trainer import OKDTrainer

@@ -1,7 +1,7 @@
 """Models whose weights are divided over the processes, by FSDP2 or DeepSpeed's ZeRO-3: what is whole where, and when.
 
-A weight is whole inside the forward of the module that its wrapper wraps, which here is the pair of student and teacher:
-whatever reads one runs there (`Sharded.inside`), on all processes, in the same order.
+A weight is whole inside the forward of the module that its wrapper wraps, here the pair of student and teacher: what
+reads one runs there (`Sharded.inside`), on all processes, in the same order.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def launch_options(kind: str) -> dict[str, Any]:
     """What `TrainingArguments` take for a shipped configuration, where accelerate's launcher has not read it."""
     given = yaml.safe_load((LAUNCH / f"{kind}.yaml").read_text())
     if "fsdp_config" in given:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # accelerate says so later, when models have been loaded
+            os.environ["ACCELERATE_USE_FSDP"] = "true"
         return {"fsdp": True, "fsdp_config": given["fsdp_config"]}
     stage = given["deepspeed_config"]["zero_stage"]
     auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
@@ -63,7 +65,7 @@ def is_elsewhere(model: nn.Module) -> bool:
 
 
 def _is_to_be_sent() -> bool:
-    flags = (os.environ.get(f"{name}", "false") for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"))
+    flags = (os.environ.get(name, "false") for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"))
     return all(flag.lower() in ("true", "1") for flag in flags) and ranks() > 1 and dist.get_rank() > 0
 
 
@@ -95,7 +97,7 @@ def with_buffers(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name in saved:
             module._non_persistent_buffers_set.discard(name)
-            dist.broadcast(module._buffers[name], 0)
+            dist.broadcast(module.get_buffer(name), 0)
 
 
 def shape_of(p: Tensor) -> torch.Size:
@@ -106,7 +108,7 @@ def shape_of(p: Tensor) -> torch.Size:
 def whole(p: Tensor) -> Tensor:
     """The whole of a weight, without a graph; where it is divided, all processes call it."""
     if hasattr(p, "full_tensor"):
-        return p.detach().full_tensor()
+        return p.detach().full_tensor()  # type: ignore[attr-defined]
     if hasattr(p, "ds_id"):
         with gathered([p]):
             return p.detach().clone()
@@ -152,7 +154,7 @@ class Sharded:
     def inside(self, work: Callable[[], T]) -> T:
         """What `work` returns where the pair's weights are whole; layers are gathered one after the other as they run.
 
-        All processes call it, and pass the same layers in the same order. Raises ValueError before a training has begun.
+        All processes call it, and pass the same layers in the same order. Raises ValueError before a training begins.
         """
         if not self.is_sharded:
             return work()

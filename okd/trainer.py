@@ -35,7 +35,7 @@ from okd_kernels import DistillationLoss
 logger = logging.get_logger(__name__)
 
 
-class OKDTrainer(Logging, Evaluation, Checkpointing, Sharded, Hub, Durable, Trainer):
+class OKDTrainer(Logging, Evaluation, Checkpointing, Sharded, Hub, Durable, Trainer):  # type: ignore[misc]
     """Distil a teacher into a student: online knowledge distillation, or any other `Method`.
 
     `OKDTrainer(student, teacher, OKDConfig(output_dir=...), train_dataset=..., processing_class=tokenizer).train()`

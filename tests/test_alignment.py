@@ -211,9 +211,10 @@ def begun(alignment, text):
     while True:
         before = text
         for side in (0, 1):
-            is_spm = alignment.tokenizers[side].unk_token is not None  # and puts a space first
-            ids = alignment.tokenizers[side]("\n" * is_spm + text, add_special_tokens=False)["input_ids"]
-            text = alignment.bytes[side][ids[2 * is_spm]].decode()
+            tokenizer, of = alignment.tokenizers[side], alignment.bytes[side]
+            before = "" if tokenizer.unk_token is None else "\n"  # SentencePiece puts a space before all
+            n = len(tokenizer(before, add_special_tokens=False)["input_ids"])
+            text = of[tokenizer(before + text, add_special_tokens=False)["input_ids"][n]].decode()
         if text == before:
             return text
 
@@ -232,7 +233,7 @@ def test_outcomes_are_what_both_begin_with_the_ends_and_the_rest(kind):
     for side, of in enumerate(both):
         for i, outcome in enumerate(of.of_ids.tolist()):
             text = alignment.bytes[side].get(i, b"")
-            if text.isascii() and text.strip() and outcome < size - 2:
+            if text.isascii() and text.strip(b" ").isalnum() and outcome < size - 2:
                 assert texts.setdefault(outcome, begun(alignment, text.decode())) == begun(alignment, text.decode())
     assert len(set(texts.values())) == len(texts) > 100  # one of each
     rest = [{i for i, k in enumerate(of.of_ids.tolist()) if k == size - 1} for of in both]

@@ -22,6 +22,7 @@ from okd.objectives import Totals
 from okd.online import distance_from_base
 from okd.pair import StudentTeacher
 from okd.sampling import LengthOptions
+from okd.sharding import launch_options
 from okd.teachers import as_it_was
 from okd_kernels import Objective
 
@@ -777,6 +778,33 @@ def test_refuses_of_divided_models(tmp_path, monkeypatch, options, version, mess
     monkeypatch.setattr(run.accelerator.state, "fsdp_plugin", plugin, raising=False)
     with pytest.raises(ValueError, match=message):
         run.train()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"shard": "fsdp3"},
+            "expected shard to be one of fsdp2, zero2, zero3, without fsdp or deepspeed .*got 'fsdp3'",
+        ),
+        ({"shard": "fsdp2", "fsdp": True}, "without fsdp or deepspeed beside it; got 'fsdp2', fsdp=True"),
+    ],
+)
+def test_refuses_a_division(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        OKDConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+def test_shipped_configurations_are_what_the_options_name():
+    """Those that accelerate's launcher reads, for torchrun."""
+    assert launch_options("fsdp2") == {"fsdp": True, "fsdp_config": {
+        "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True,
+        "fsdp_cpu_ram_efficient_loading": True, "fsdp_offload_params": False,
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+    }}  # fmt: skip
+    for stage in (2, 3):
+        found = launch_options(f"zero{stage}")["deepspeed"]
+        assert found["zero_optimization"] == {"stage": stage} and found["gradient_clipping"] == "auto"
 
 
 def test_refuses_to_evaluate_what_is_to_be_divided(tmp_path):
