@@ -123,12 +123,12 @@ class Alignment:
         self.template = template_of(teacher_tokenizer, chat_template, self.teacher_ends, template_kwargs)
 
     @cached_property
-    def bytes(self) -> tuple[dict[int, bytes], dict[int, bytes]]:
+    def texts(self) -> tuple[dict[int, bytes], dict[int, bytes]]:
         ours, theirs = map(token_bytes, self.tokenizers)
         return ours, theirs
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "bytes"}
+        return {name: value for name, value in vars(self).items() if name != "texts"}
 
     def rows(self, example: Any, rows: Sequence[Tokens]) -> tuple[list[Tokens], list[dict[str, list[int]]]]:
         """The student's rows of an example and, of each, the teacher's: its tokens, and where they are aligned.
@@ -188,7 +188,7 @@ class Alignment:
 
     def _text(self, ids: Sequence[int], teacher: bool = False) -> list[bytes]:
         """Bytes of the tokens before the one that ends the response."""
-        ends, of = (self.teacher_ends if teacher else self.ends), self.bytes[teacher]
+        ends, of = (self.teacher_ends if teacher else self.ends), self.texts[teacher]
         n = next((i for i, token in enumerate(ids) if token in ends), len(ids))
         return [of.get(token, b"") for token in ids[:n]]
 
@@ -224,9 +224,9 @@ class Alignment:
     def _begun(self) -> list[dict[int, bytes]]:
         """Of each id of either model that is text, that with which both tokenizers begin this text."""
         special = self._special(0), self._special(1)
-        of_text = [{i: text for i, text in of.items() if i not in special[k]} for k, of in enumerate(self.bytes)]
+        of_text = [{i: text for i, text in of.items() if i not in special[k]} for k, of in enumerate(self.texts)]
         texts = {text for of in of_text for text in of.values()}
-        first = [_first_tokens(*x, texts) for x in zip(self.tokenizers, self.bytes, strict=True)]
+        first = [_first_tokens(*x, texts) for x in zip(self.tokenizers, self.texts, strict=True)]
 
         def begun(text: bytes) -> bytes:
             while (shorter := first[1].get(first[0].get(text, b""), b"")) != text:

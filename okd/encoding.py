@@ -230,8 +230,8 @@ class Encoder:
         try:
             rows, notes = encode_one(example, self.tokenizer, self.template)
             if self.alignment is None:
-                labels = [labels for _, labels in rows]
-                teacher_prompt = teacher_prompt_of(example, labels, self.tokenizer, self.template)
+                of_rows = [labels for _, labels in rows]
+                teacher_prompt = teacher_prompt_of(example, of_rows, self.tokenizer, self.template)
                 told: Sequence[dict[str, list[int]] | None] = [None] * len(rows)
             else:
                 teacher_prompt = None

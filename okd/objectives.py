@@ -68,9 +68,7 @@ class TokenizerOptions:
     """Read by methods with a divergence from one teacher."""
 
     teacher_tokenizer: str | None = option(
-        None,
-        "of a teacher whose tokenizer is not the student's: auto (the one beside the teacher), hub id or directory; "
-        "the models are then compared where both tokenizers end at the same byte; default: they share one",
+        None, "where it is not the student's: auto (beside the teacher), hub id or directory"
     )
 
 
@@ -108,7 +106,7 @@ def aligned_divergence(pair: StudentTeacher, batch: Batch, totals: Totals) -> Di
     student, teacher = pair.student_rows(batch), pair.teacher_rows(batch)
     objectives: dict[str, Any] = {"student": pair.student_objective, "teacher": pair.teacher_objective}
     loss = pair.distil_aligned(student, teacher, batch, totals.aligned, **without_ce(objectives))
-    losses = {"student": loss.student, "teacher": loss.teacher}
+    losses: dict[str, Any] = {"student": loss.student, "teacher": loss.teacher}
     is_given = [writer not in OWN for writer in batch["writers"]]
     of_student = student, pair.student_head, batch["targets"], batch["counts"], totals.tokens
     of_teacher = (

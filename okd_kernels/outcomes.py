@@ -44,16 +44,21 @@ class Outcomes:
             raise ValueError(f"expected outcomes in [0, {self.size}), or -1; got {int(ids.min())} to {int(ids.max())}")
 
     def to(self, device: torch.device | str) -> Outcomes:
-        return self if self.of_ids.device == torch.device(device) else Outcomes(self.of_ids.to(device), self.size)
+        if self.of_ids.device == torch.device(device):
+            return self
+        moved = Outcomes(self.of_ids.to(device), self.size)
+        *columns, each_alone = self._columns  # found where they were: there would be waiting to do
+        moved.__dict__["_columns"] = (*(x.to(device) for x in columns), each_alone)
+        return moved
 
     @cached_property
     def _columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
         """Ids that are in an outcome, by outcome; these outcomes; those of one id; their ids; whether all are."""
         order = self.of_ids.argsort(stable=True)
-        kept = order[(self.of_ids < 0).sum() :]
+        kept = order[self.of_ids[order] >= 0]
         outcome = self.of_ids[kept]
         alone = outcome.bincount(minlength=self.size)[outcome] == 1
-        return kept, outcome, outcome[alone], kept[alone], int(alone.sum()) == self.size
+        return kept, outcome, outcome[alone], kept[alone], len(outcome[alone]) == self.size
 
     def logits(self, z: Tensor, temperature: float = 1.0) -> Tensor:
         """(n, size) u such that softmax(u / T) are the sums of softmax(z / T), z (n, V) without the ids of -1.
@@ -170,14 +175,14 @@ class _Divergences(torch.autograd.Function):
     """Sums of both losses, and the metrics (len(METRICS), N); gradients are made along the way, as in the engine."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *operands: Tensor | None) -> Any:
+    def forward(ctx: Any, call: _Call, *operands: Any) -> Any:
         sides = [operands[:3], operands[3:]]  # hidden (N, D), weight (V, D), bias (V,)
         wanted = [ctx.needs_input_grad[1:4], ctx.needs_input_grad[4:7]]
         dtype = wide(*(x.dtype for x in operands if x is not None))
         n, device = len(sides[0][0]), sides[0][0].device
         gradients: list[Tensor | None] = [
             torch.zeros_like(x, dtype=gradient_dtype(x) if i % 3 == 0 else wide(x.dtype)) if needed else None
-            for i, (x, needed) in enumerate(zip(operands, [*wanted[0], *wanted[1]], strict=True))
+            for i, (x, needed) in enumerate(zip(operands, ctx.needs_input_grad[1:], strict=True))
         ]
         gains = [FP16_GAIN if side[0].dtype == torch.float16 else 1.0 for side in sides]
         losses = torch.zeros(2, dtype=dtype, device=device)
@@ -234,8 +239,8 @@ def _of_chunk(call: _Call, raw: list[Tensor], biases: list[Any], gains: list[flo
         total = torch.stack([of_side * gain for of_side, gain in pairs if of_side is not None]).sum()
         gradients = iter(torch.autograd.grad(total, learning) if learning else ())
     found = [next(gradients) if any(x is one for one in learning) else None for x in raw]
-    detached = [None if x is None else x.detach() for x in (loss.student, loss.teacher)]
-    return DistillationLoss(detached[0], detached[1], loss.metrics), found
+    teacher = None if loss.teacher is None else loss.teacher.detach()
+    return DistillationLoss(loss.student.detach(), teacher, loss.metrics), found
 
 
 def _accumulate(gradients: list[Tensor | None], rows: slice, g: Tensor, hidden: Tensor, weight: Tensor) -> None:

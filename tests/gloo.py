@@ -4,7 +4,7 @@ be sharded lacks that of CPUs, and `use_cpu` turns DeepSpeed off. Nothing else i
 `python -m gloo okd.cli train ...` runs a module so.
 """
 
-import importlib.util
+import importlib
 import os
 import runpy
 import sys
@@ -31,14 +31,13 @@ def _as_if_of_gpus(self, cpu=False, *args, **options):
     return ("gloo", DistributedType.MULTI_GPU) if is_one_of_several else _prepare(self, cpu, *args, **options)
 
 
-def on_gloo():
-    """Call it first; DeepSpeed wants use_cpu=False."""
+def on_gloo(with_deepspeed=False):
+    """Call it first. DeepSpeed wants use_cpu=False."""
     state.AcceleratorState.__init__ = _with_fsdp
     state.PartialState._prepare_backend = _as_if_of_gpus
     os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
-    if importlib.util.find_spec("deepspeed"):
-        from deepspeed.comm import torch as deepspeed_torch
-
+    if with_deepspeed:
+        deepspeed_torch = importlib.import_module("deepspeed.comm.torch")
         deepspeed_torch.build_shm_op = lambda: None  # collectives in shared memory, which it would compile for minutes
 
 

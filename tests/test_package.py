@@ -91,6 +91,7 @@ def test_what_would_synchronise_the_host_stands_where_only_a_cpu_comes():
         ("call", "check_sparse_targets", "item"),
         ("problem", "inverse_normalizer", "item"),  # of a CPU's tensor
         ("cpu", "empty_like", "frombuffer"),
+        ("outcomes", "__post_init__", "int"),  # on a CPU
         ("targets", "_all_closed", "bool"),  # on a CPU
         ("torch_block", "fill", "bool"),  # on a CPU: `careful` elsewhere
         ("operator", "counted_rows", "nonzero"),  # documented: `compact`
