@@ -390,6 +390,7 @@ def across(folder, **options):
     return trained(folder, teacher, byte_level(), docs(), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["okd", "reverse_kd"])
 def test_it_learns_from_a_teacher_with_other_tokens(tmp_path, method):
     trainer = across(tmp_path, method=method, max_steps=30, logging_steps=30)
@@ -462,6 +463,7 @@ def save(root, **tokenizers):
         tokenizer.save_pretrained(root / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["auto", "elsewhere"])
 def test_a_run_from_the_command_lines_options(tmp_path, source):
     save(tmp_path, student=byte_level(), teacher=byte_level(400, "</s>", texts=4))

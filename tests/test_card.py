@@ -152,6 +152,7 @@ def test_a_run_pushes_the_student_at_its_end(folder, tmp_path, api):
     assert not any("secret" in p.read_text() for p in run.glob("*.*") if p.suffix in (".yaml", ".json", ".jsonl"))
 
 
+@pytest.mark.slow
 def test_a_failed_push_loses_nothing(folder, tmp_path, api, capsys):
     run = tmp_path / "run"
     api.refused = ("upload_folder",)

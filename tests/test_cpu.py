@@ -66,6 +66,7 @@ def test_frozen_head_allocates_no_dw():
     assert frozen < 1024 * D_S * 4 == trained
 
 
+@pytest.mark.slow
 @on_cpu
 def test_whole_logits_never_exist():
     """Chunks of 4 rows: no tensor is larger than the eight such blocks that row mathematics works in, whatever N is."""

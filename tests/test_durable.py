@@ -402,6 +402,7 @@ def test_a_directory_that_cannot_be_written_is_found_before_models_are_loaded(fo
         assert f"{output}: expected a directory that can be written; got " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_to_resume_a_run_without_a_checkpoint_is_to_begin_anew(folder, tmp_path, capsys, caplog, monkeypatch):
     """Of one that was killed while it loaded, or before its first save; not where there is none, or a finished one."""
     run = tmp_path / "run"
@@ -423,6 +424,7 @@ def test_to_resume_a_run_without_a_checkpoint_is_to_begin_anew(folder, tmp_path,
     assert main([*command, "--resume"]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_replaces_another_is_not_resumed_as_that(folder, tmp_path):
     run = tmp_path / "run"
     assert main(train_arguments(folder, run, "--max-steps", "2")) == 0

@@ -263,6 +263,7 @@ def test_devices_on_the_command_line(folder, capsys):
     assert "expected a device of this machine, such as cpu or cuda:1; got 'nowhere'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @near
 def test_okd_train_with_a_teacher_on_disk(folder):
     """The student, a copy of the teacher by default, is in memory."""

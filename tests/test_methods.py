@@ -231,6 +231,7 @@ def test_every_preset_has_its_numbers():
 OPTIONS = [(group, field) for group in GROUPS for field in dataclasses.fields(group)]
 VALUES = {"student_divergence": "jsd", "divergence_alpha": 0.3, "divergence_beta": 0.3, "online_learning_rate": 1e-3}
 VALUES |= {"online_target_modules": ["o_proj"], "teacher_device": "cpu", "rollout_url": "http://localhost:8000"}
+VALUES |= {"teacher_tokenizer": "auto"}
 
 
 def another(field):
@@ -264,6 +265,8 @@ def refused_for_another_reason(method, name):
         return "expected num_beams with generate=once; got 3 with generate=epoch, which samples"
     if name.startswith("rollout_") and name != "rollout_url":
         return f"expected rollout_url with {name}"
+    if name == "teacher_tokenizer" and method.name == "skd":
+        return "expected responses of the data or the student's with teacher_tokenizer; got method skd"
     if name == "average_decay":
         return "expected average_decay with self_teacher=average; got 0.25 without"
     if name == "online_teacher" and several:
@@ -329,6 +332,7 @@ def test_which_presets_read_a_group():
         "MixtureOptions": ["minillm"],
         "ContrastiveOptions": ["distillm2"],
         "InterleavedOptions": ["skd"],
+        "TokenizerOptions": [n for n in divergence if METHODS[n].loss is objectives.divergence],
         "ReplayOptions": ["distillm"],
     }
     assert {group.__name__: readers_of(group) for group in GROUPS} == expected

@@ -219,6 +219,7 @@ def test_weights_serve_for_some_steps(tmp_path, server):
     assert "".join("P" if path == "/collective_rpc" else "." for path in paths) == "P........P........P...."
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_written_the_same(tmp_path, server):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = trainer(tmp_path / "whole", server, **options)

@@ -110,6 +110,7 @@ def test_one_seed_gives_the_same_figures_and_another_does_not(folder, tmp_path):
     assert found[0]["after"] != found[2]["after"]
 
 
+@pytest.mark.slow
 def test_the_written_config_repeats_the_run(folder, tmp_path):
     assert train(folder, tmp_path / "a", "--student-divergence", "reverse_kl", "--temperature", "1.5") == 0
     written = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
@@ -160,6 +161,7 @@ def test_two_processes_that_sample_resume(folder, tmp_path):
     assert found["before"] == expected["before"] and found["after"] == expected["after"] != found["before"]
 
 
+@pytest.mark.slow
 def test_resume_after_an_interruption_gives_the_same_student(folder, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     saving = ("--save-strategy", "steps", "--save-steps", "3")
@@ -384,6 +386,7 @@ def test_the_chat_template_is_that_of_the_training(folder, tmp_path, capsys):
     assert seen[0] == seen[1] and seen[0]["forward_kl"] != seen[2]["forward_kl"]
 
 
+@pytest.mark.slow
 def test_a_student_without_a_chat_template_takes_its_teachers(folder, tmp_path, capsys):
     teacher, other = tmp_path / "chat", tmp_path / "other"
     for model, source, word in ((teacher, "teacher", "w50"), (other, "student", "w51")):
@@ -545,6 +548,7 @@ def fails(capsys, status, *messages):
         assert message in text, text
 
 
+@pytest.mark.slow
 def test_output_directory_of_another_run(folder, tmp_path, capsys):
     output = tmp_path / "run"
     assert train(folder, output, "--max-steps", "1") == 0
@@ -566,6 +570,7 @@ def test_a_directory_that_the_trainer_wrote_is_a_run(folder, tmp_path, capsys):
     fails(capsys, train(folder, output, "--max-steps", "1"), "holds another run", "--overwrite")
 
 
+@pytest.mark.slow
 def test_overwrite_removes_nothing_before_the_inputs_are_good(folder, tmp_path, capsys, monkeypatch):
     output = tmp_path / "run"
     assert train(folder, output, "--max-steps", "1") == 0
@@ -585,6 +590,7 @@ def test_overwrite_removes_nothing_before_the_inputs_are_good(folder, tmp_path, 
     assert train(folder, output, "--overwrite", "--max-steps", "1", "--student", str(output / "student")) == 0
 
 
+@pytest.mark.slow
 def test_heads_of_different_sizes_take_the_ids_that_they_share(folder, tmp_path, capsys):
     """Which the run writes down, and goes on with. A wrong number is found before anything is written."""
     padded, output = tmp_path / "padded", tmp_path / "run"
@@ -609,6 +615,7 @@ def test_missing_inputs(folder, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_missing_package_names_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     status = main(["demo", "--output-dir", str(tmp_path / "demo")])

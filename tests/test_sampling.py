@@ -519,6 +519,7 @@ def test_a_last_batch_that_is_smaller_repeats_no_text(tmp_path):
     assert len(seen) == len(set(seen)) == 19
 
 
+@pytest.mark.slow
 def test_plain_text_is_learned_beside_the_responses(tmp_path):
     losses = {}
     for weight in (0.0, 1.0):
@@ -602,6 +603,7 @@ def test_resume_equals_not_stopping(method, tmp_path, eager_phi):
         assert sum(kinds[:6]) > 0 and sum(kinds[6:]) > 0, "the student writes before and after the checkpoint"
 
 
+@pytest.mark.slow
 def test_skd_from_the_command_line(tmp_path):
     for name, model in (("teacher", tiny.llama(seed=1, layers=3, hidden=48)), ("student", tiny.llama())):
         model.save_pretrained(tmp_path / name)

@@ -428,6 +428,7 @@ def trainer(tmp_path, teachers, student=None, **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_it_learns(method, tmp_path):
     skilled, _ = taught(tiny.llama(seed=1, layers=3, hidden=48), 40)

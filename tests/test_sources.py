@@ -362,6 +362,7 @@ def test_streamed_files_are_split_mixed_and_shuffled(tmp_path):
 # --- the command ---
 
 
+@pytest.mark.slow
 def test_okd_train_takes_several_data_sets(tmp_path, capsys):
     model = tiny.llama()
     model.save_pretrained(tmp_path / "model")

@@ -161,6 +161,7 @@ def test_on_the_teachers_turn_only_its_loss_has_a_gradient(tmp_path):
     assert loss.teacher is None and all(p.grad is None for p in run.pair.teacher.parameters())
 
 
+@pytest.mark.slow
 def test_clda_saves_an_adapter_that_plain_peft_loads_and_resumes_in_the_middle(tmp_path):
     whole = trainer(tmp_path / "whole", method="clda", max_steps=6)
     whole.train()
