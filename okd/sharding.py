@@ -169,18 +169,19 @@ class Sharded:
             divide(self.pair)
 
 
-@contextmanager
-def kept_whole(model: nn.Module) -> Iterator[None]:
-    """Inside, FSDP2 leaves the layers of a model whole after a forward, for those that come at once."""
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in modules:
-        module.set_reshard_after_forward(False, recurse=False)
-    try:
-        yield
-    finally:
+    @contextmanager
+    def kept_whole(self, model: nn.Module) -> Iterator[None]:
+        """Inside, FSDP2 leaves the layers of a model whole after a forward, for those that come at once."""
+        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for module in modules:
-            module.set_reshard_after_forward(True, recurse=False)
-            module.reshard()
+            module.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            plugin = self.accelerator.state.fsdp_plugin if modules else None
+            for module in modules:
+                module.set_reshard_after_forward(plugin.reshard_after_forward, recurse=False)
+                module.reshard()
 
 
 def divide(model: nn.Module) -> None:

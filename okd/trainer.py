@@ -28,7 +28,7 @@ from okd.objectives import Totals
 from okd.pair import StudentTeacher
 from okd.sampling import Sampler
 from okd.selection import Policy
-from okd.sharding import Sharded, kept_whole, ranks, whole
+from okd.sharding import Sharded, ranks, whole
 from okd.student import prepare_student
 from okd_kernels import DistillationLoss
 
@@ -159,7 +159,7 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Sharded, Hub, Durable, Trai
             if self.sampler.is_served:
                 batches = self.sampler(batches, self.state.global_step)
             else:
-                with self.accelerator.autocast(), kept_whole(self.pair.student):  # as in the step
+                with self.accelerator.autocast(), self.kept_whole(self.pair.student):  # as in the step
                     batches = self.inside(lambda: self.sampler(batches, self.state.global_step))
         shared = ranks() > 1 and self.args.average_tokens_across_devices
         return batches, Totals.of(batches, (lambda x: summed(x.to(device))) if shared else None)

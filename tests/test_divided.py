@@ -19,6 +19,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from test_ddp import STEPS, outcome, trainer
 
+from okd import durable
 from okd.cli import main
 
 pytestmark = pytest.mark.slow
@@ -178,6 +179,23 @@ def test_checkpoints_have_no_frozen_weights_of_the_teacher(runs):
         names = names_in(divided / "whole" / "checkpoint-4")
         of_teacher = {name for name in names if "teacher" in name}
         assert len(names) > 8 and not {name for name in of_teacher if "lora" not in name}, of_teacher
+
+
+def test_a_damaged_shard_is_named(runs, monkeypatch):
+    folder, kinds = runs
+    monkeypatch.setattr(durable, "ranks", lambda: 2)
+    for kind in kinds:
+        checkpoint = folder / kind / "okd" / "whole" / "checkpoint-4"
+        durable.check_checkpoint(checkpoint)
+        shard = max(
+            (p for p in checkpoint.rglob("*") if p.suffix in (".distcp", ".pt")), key=lambda p: p.stat().st_size
+        )
+        good = shard.read_bytes()
+        shard.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
+        message = f"{shard.name}: expected the bytes that were saved, .* goes on from checkpoint-2"
+        with pytest.raises(ValueError, match=message):
+            durable.check_checkpoint(checkpoint)
+        shard.write_bytes(good)
 
 
 # --- methods, and policies that write
