@@ -168,7 +168,6 @@ class Sharded:
         finally:
             divide(self.pair)
 
-
     @contextmanager
     def kept_whole(self, model: nn.Module) -> Iterator[None]:
         """Inside, FSDP2 leaves the layers of a model whole after a forward, for those that come at once."""
