@@ -45,7 +45,7 @@ from okd.sources import DataOptions, encode_all, open_all
 from okd.trackers import check_trackers, send
 from okd.trainer import OKDTrainer
 
-BEFORE = "before.json"  # what was measured first, while a run goes on
+BEFORE = "before.json"  # what was measured first, and the answers
 RUN_FILES = {
     "student",
     "teacher_adapter",
@@ -219,7 +219,7 @@ def _measured(trainer: OKDTrainer, teacher: Any, config: RunConfig, prompts: dic
 
 
 def _before(output_dir: Path) -> Measured:
-    """What was measured first; of a finished run that goes on, the metrics alone."""
+    """What was measured first; of a run that an earlier version finished, the metrics alone."""
     if (output_dir / BEFORE).is_file():
         scores, answers = json.loads((output_dir / BEFORE).read_text())
         return scores, answers
@@ -234,7 +234,6 @@ def _report(
         with writing(output_dir / "curves.png", output_dir):
             plot_curves(trainer.state.log_history, output_dir / "curves.png")
     _write(output_dir / "metrics.json", json.dumps(metrics, indent=2))
-    (output_dir / BEFORE).unlink(missing_ok=True)
     trainer.create_model_card()
     print(f"\n{format_table(metrics['before'], metrics['after'])}")
     if before:

@@ -49,7 +49,7 @@ def metrics(output):
 def test_a_run_saves_everything_and_learns(folder, tmp_path, capsys):
     output = tmp_path / "run"
     assert train(folder, output, "--save-strategy", "no") == 0
-    expected = ["config.yaml", "curves.png", "log.jsonl", "metrics.json", "student", "teacher_adapter"]
+    expected = ["before.json", "config.yaml", "curves.png", "log.jsonl", "metrics.json", "student", "teacher_adapter"]
     assert sorted(p.name for p in output.iterdir()) == expected
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [1, 2, 4, 6, 6] and log[0]["student_loss"] > log[3]["student_loss"]
