@@ -177,7 +177,7 @@ class Sharded:
         try:
             yield
         finally:
-            plugin = self.accelerator.state.fsdp_plugin if modules else None
+            plugin: Any = self.accelerator.state.fsdp_plugin if modules else None
             for module in modules:
                 module.set_reshard_after_forward(plugin.reshard_after_forward, recurse=False)
                 module.reshard()
