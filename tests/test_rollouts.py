@@ -395,7 +395,7 @@ STUDENTS = {"whole": {}, "LoRA": {"student_lora_rank": 4}}
 
 def _rank(rank, world, folder, urls, kind):
     if kind != "ddp":
-        gloo.on_gloo()
+        gloo.on_gloo(with_deepspeed=kind.startswith("zero"))
         SGD.update(shard=kind, use_cpu=not kind.startswith("zero"))
     os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")} | {"WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
