@@ -237,7 +237,7 @@ class Alignment:
 
     def outcomes_of(self, student: Any, teacher: Any) -> tuple[Outcomes, Outcomes]:
         """Of the heads of these models, the teacher's as a trainer takes it."""
-        return self.outcomes(vocabulary_of(student), vocabulary_of(_model_of(teacher)))
+        return self.outcomes(vocabulary_of(student), vocabulary_of(models_of(teacher)[0]))
 
     def _special(self, side: int) -> set[int]:
         """Ids that stand for no text, and those that end a response."""
@@ -316,11 +316,6 @@ def check_tokenizer_options(options: Any) -> None:
             raise ValueError(f"expected no {name} with teacher_tokenizer; got {value}: leave one of them out")
 
 
-def _model_of(teacher: Any) -> Any:
-    (model, *_) = models_of(teacher)
-    return model.model if hasattr(model, "as_it_was") else model
-
-
 def alignment_of(options: Any, tokenizer: Any, teacher_tokenizer: Any, student: Any, teacher: Any) -> Alignment | None:
     """By an `OKDConfig`; None where both models share a tokenizer. teacher_tokenizer: None: where the options say.
 
@@ -331,7 +326,7 @@ def alignment_of(options: Any, tokenizer: Any, teacher_tokenizer: Any, student: 
         return None
     if teacher is None:
         raise ValueError("expected a teacher with teacher_tokenizer; got None: pass one, or leave that out")
-    model = _model_of(teacher)
+    model, *_ = models_of(teacher)
     given = teacher_tokenizer[0] if isinstance(teacher_tokenizer, list | tuple) else teacher_tokenizer
     if given is None:
         given = tokenizer_of_model(model) if source == AUTO else load_tokenizer(source)

@@ -74,9 +74,10 @@ class AroundUpdate(TrainerCallback):
         trainer.sampler.since = trainer.meters.since
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.sampler.push(epoch=int(state.epoch or 0))
-        with self.trainer.accelerator.autocast():
-            self.trainer.inside(lambda: self.trainer.sampler.begin_epoch(int(state.epoch or 0)))
+        trainer, epoch = self.trainer, int(state.epoch or 0)
+        trainer.sampler.push(epoch=epoch)
+        with trainer.accelerator.autocast():
+            trainer.inside(lambda: trainer.sampler.begin_epoch(epoch), trainer.pair.student)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.before_update()

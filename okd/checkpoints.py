@@ -88,12 +88,12 @@ def weights(pair: StudentTeacher) -> dict[str, Tensor]:
 
     Of a pair whose weights are divided, this process's part.
     """
-    names = set()
+    names, tensors = set(), dict(_tensors(pair))
     for prefix, model in _models(pair).values():
         adapter = {f"{prefix}{name}" for name in adapter_names(model)}
         is_named = adapter and (model is not pair.student or model.active_peft_config.base_model_name_or_path != "")
-        names |= adapter if is_named else {n for n, _ in _tensors(pair) if n.startswith(prefix)}
-    return {name: x for name, x in _tensors(pair) if name in names or name.startswith("selection.")}
+        names |= adapter if is_named else {name for name in tensors if name.startswith(prefix)}
+    return {name: x for name, x in tensors.items() if name in names or name.startswith("selection.")}
 
 
 def _tensors(pair: StudentTeacher) -> Iterator[tuple[str, Tensor]]:

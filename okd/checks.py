@@ -190,7 +190,7 @@ def check_vocabularies(student: Any, teacher: Any, vocab_size: int | None) -> No
     if isinstance(teacher, Ensemble):
         sizes += teacher.vocabularies()
     else:
-        sizes.append(vocabulary_of(teacher.model if hasattr(teacher, "as_it_was") else teacher))
+        sizes += map(vocabulary_of, models_of(teacher))
     if vocab_size is None and len(set(sizes)) > 1:
         raise ValueError(
             f"expected heads of one vocabulary size; got student {sizes[0]} and teacher "
@@ -221,7 +221,7 @@ def shared_vocab_size(
 
     Raises ValueError for tokenizers that map tokens to other ids.
     """
-    models = [m.model if hasattr(m, "as_it_was") else m for m in models_of(teacher)]
+    models = models_of(teacher)
     if teacher_tokenizers is None:
         found = [tokenizer_of_model(model) for model in models]
     else:
@@ -256,7 +256,7 @@ def check_ids(student: Any, options: Any, *datasets: Any) -> None:
 def check_aligned(teacher: Any, *datasets: Any) -> None:
     """Raise ValueError for rows without a teacher's tokens of their own, or with one that its head does not have."""
     (model, *_) = models_of(teacher)
-    limit = vocabulary_of(model.model if hasattr(model, "as_it_was") else model)
+    limit = vocabulary_of(model)
     for data in datasets:
         for rows in data.values() if isinstance(data, Mapping) else [data or ()]:
             if isinstance(rows, Rows):
@@ -293,8 +293,9 @@ def check_packed(options: Any, student: Any, teacher: Any) -> None:
     """Raise ValueError for a model whose rows on one line of a packed batch would see one another."""
     if options.packing and not is_elsewhere(student):
         check_packing(student, "student")
-        for model in (m.model if hasattr(m, "as_it_was") else m for m in models_of(teacher) if m is not None):
-            check_packing(model, "teacher")
+        for model in models_of(teacher):
+            if model is not None:
+                check_packing(model, "teacher")
 
 
 def check_models(options: Any, student: Any, teacher: Any) -> None:

@@ -175,7 +175,7 @@ def routed(pair: StudentTeacher, batch: Batch, totals: Totals) -> DistillationLo
 
 
 def models_of(teacher: Any) -> list[Any]:
-    """The models of what a trainer takes as its teacher: one, several, or by name."""
+    """The models of what a trainer takes as its teacher: one, several, or by name; of a `Teacher` its own."""
     given: list[Any] = [teacher]
     if isinstance(teacher, Ensemble):
         given = list(teacher.models)
@@ -183,7 +183,8 @@ def models_of(teacher: Any) -> list[Any]:
         given = list(teacher)
     elif isinstance(teacher, Mapping):
         given = list(teacher.values())
-    return [member[0] if isinstance(member, tuple) else member for member in given]
+    models = [member[0] if isinstance(member, tuple) else member for member in given]
+    return [model.model if hasattr(model, "as_it_was") else model for model in models]
 
 
 def named_sources(sources: Sequence[str]) -> dict[str, str]:

@@ -8,15 +8,13 @@ models, each gathers what it needs for a moment, and a step's time is that of pr
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import nn
-from transformers.integrations import deepspeed
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -26,6 +24,7 @@ from okd.loading import _given_options, teacher_sources
 from okd.models import find_device, is_adapter, keep_layers, parse_layers
 from okd.online import online_config
 from okd.shapes import Trace, read_config, skeleton, time_layer, trace
+from okd.sharding import loaded_whole
 from okd.student import lora_config
 from okd_kernels import has_fast_gemm, workspace_size
 
@@ -209,19 +208,8 @@ def plan(
     counted from the configuration's numbers, and noted.
     """
     device, devices = torch.device(device or args.device), devices or args.world_size
-    with _undivided():
+    with loaded_whole():
         return _Planner(config, args, device, devices, sharding or sharding_of(args)).plan()
-
-
-@contextmanager
-def _undivided() -> Iterator[None]:
-    """Inside, transformers makes whole models, also in a run with ZeRO-3, where it would divide what has no weights."""
-    kept = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 class _Model(NamedTuple):

@@ -38,7 +38,7 @@ from okd.decoding import Draw
 from okd.kept import Asked
 from okd.models import position_limit
 from okd.options import option
-from okd.sharding import divide, whole
+from okd.sharding import divide, is_divided, whole
 
 CONCURRENT = 256  # requests that wait for the server at a time
 RETRIES = urllib3.Retry(5, read=1, backoff_factor=1, status_forcelist=(429, 502, 503, 504), allowed_methods=None)
@@ -225,7 +225,7 @@ def is_lora(student: Any) -> bool:
 
 
 def goes_by_nccl(student: Any) -> bool:
-    return not is_lora(student) and not any(hasattr(p, "ds_id") for p in student.parameters())
+    return not is_lora(student) and not is_divided(student)
 
 
 class Rollouts:
@@ -303,9 +303,7 @@ class Rollouts:
         def respond(one: Asked, seed: int) -> list[int]:
             body = {**common, "prompt": one.prompt, "max_tokens": one.limit, "seed": seed}
             ids = self._ids(body)
-            if (
-                max(ids) >= self.vocab_size
-            ):  # padding of the head, which is hardly ever drawn: not worth a list each time
+            if max(ids) >= self.vocab_size:  # padding of the head, drawn so rarely that no list is sent each time
                 ids = self._ids({**body, "allowed_token_ids": list(range(self.vocab_size))})
             return ids
 

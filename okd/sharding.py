@@ -7,8 +7,8 @@ reads one runs there (`Sharded.inside`), on all processes, in the same order.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,19 +110,11 @@ def whole(p: Tensor) -> Tensor:
     if hasattr(p, "full_tensor"):
         return p.detach().full_tensor()  # type: ignore[attr-defined]
     if hasattr(p, "ds_id"):
-        with gathered([p]):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p]):
             return p.detach().clone()
     return p.detach()
-
-
-def gathered(parameters: Iterable[Tensor]) -> AbstractContextManager[Any]:
-    """Inside, parameters that ZeRO-3 has divided are whole."""
-    divided = [p for p in parameters if hasattr(p, "ds_id")]
-    if not divided:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(divided)
 
 
 def hold_heads(pair: Any) -> None:
@@ -151,9 +143,10 @@ class Sharded:
         """Each process holds a part of the weights."""
         return bool(self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
 
-    def inside(self, work: Callable[[], T]) -> T:
+    def inside(self, work: Callable[[], T], kept: nn.Module | None = None) -> T:
         """What `work` returns where the pair's weights are whole; layers are gathered one after the other as they run.
 
+        FSDP2 leaves those of a model that is `kept` whole after their first forward, for others that come at once.
         All processes call it, and pass the same layers in the same order. Raises ValueError before a training begins.
         """
         if not self.is_sharded:
@@ -163,24 +156,15 @@ class Sharded:
                 "expected a training that divides the models before they are evaluated; got none: call train() first, "
                 "or give the saved student to okd evaluate"
             )
+        units = [] if kept is None else [module for module in kept.modules() if isinstance(module, FSDPModule)]
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
         try:
             return self.model_wrapped(work)
         finally:
+            for unit in units:
+                unit.set_reshard_after_forward(self.accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
             divide(self.pair)
-
-    @contextmanager
-    def kept_whole(self, model: nn.Module) -> Iterator[None]:
-        """Inside, FSDP2 leaves the layers of a model whole after a forward, for those that come at once."""
-        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        for module in modules:
-            module.set_reshard_after_forward(False, recurse=False)
-        try:
-            yield
-        finally:
-            plugin: Any = self.accelerator.state.fsdp_plugin if modules else None
-            for module in modules:
-                module.set_reshard_after_forward(plugin.reshard_after_forward, recurse=False)
-                module.reshard()
 
 
 def divide(model: nn.Module) -> None:

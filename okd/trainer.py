@@ -159,8 +159,8 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Sharded, Hub, Durable, Trai
             if self.sampler.is_served:
                 batches = self.sampler(batches, self.state.global_step)
             else:
-                with self.accelerator.autocast(), self.kept_whole(self.pair.student):  # as in the step
-                    batches = self.inside(lambda: self.sampler(batches, self.state.global_step))
+                with self.accelerator.autocast():  # as in the step
+                    batches = self.inside(lambda: self.sampler(batches, self.state.global_step), self.pair.student)
         shared = ranks() > 1 and self.args.average_tokens_across_devices
         return batches, Totals.of(batches, (lambda x: summed(x.to(device))) if shared else None)
 

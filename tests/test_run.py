@@ -22,9 +22,7 @@ from okd.run import exact_config
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    tiny.save_models(root)
-    (root / "train.jsonl").write_text("\n".join(json.dumps(e) for e in tiny.examples(60)))
-    (root / "eval.jsonl").write_text("\n".join(json.dumps(e) for e in tiny.examples(12, seed=9)))
+    tiny.save_inputs(root)
     return root
 
 
