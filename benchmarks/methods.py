@@ -17,6 +17,13 @@ The paper's protocol fine-tunes the teacher on the training data first (`--tune-
 and its students are pre-trained models: a student that has lost layers is mended first (`--tune-student`: steps, by
 default of forward KD from the teacher as it was before its own tuning). Both are made once, under output-dir/models.
 
+`--preset small` wants no download: `benchmarks.small` makes tokenizer, teacher and student of the training file.
+`--labelled N` leaves the students N of its rows. On one thread (`--threads 1`) training time is the process's CPU
+time, which other work on the machine hardly changes, so that `--jobs J` may run J processes at once.
+
+Each table is followed by paired differences to forward_kd, or to the first method where that is not among them: the
+mean over the seeds that both have, and its 95 % interval by Student's t.
+
 Of an online teacher the table says how far its module has moved it, KL(base ‖ online teacher), and its own CE.
 
 Peak memory is of training in its process, with the teacher that judges, which sft would not need.
@@ -27,11 +34,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +50,33 @@ import torch
 import transformers
 from transformers import TrainerCallback
 
+from benchmarks import small
 from benchmarks.loss import environment
-from benchmarks.step import Clock, parse_options, parse_variant, peak_bytes, read_by, reset_peak, subprocess_job
-from okd import METHODS, OKDConfig, OKDTrainer
+from benchmarks.step import (
+    KNOWN,
+    Clock,
+    parse_options,
+    parse_variant,
+    peak_bytes,
+    read_by,
+    reset_peak,
+    subprocess_job,
+)
+from okd import OKDConfig, OKDTrainer
+from okd.config import MethodLike
 from okd.encoding import encode
 from okd.evaluate import divergence_metrics, evaluate
 from okd.examples import read_jsonl
-from okd.models import SMOLLM2, check_tokenizers, keep_layers, load_model, load_tokenizer, parse_layers
+from okd.layers import keep_layers, parse_layers
+from okd.models import SMOLLM2, check_tokenizers, load_model, load_tokenizer
 from okd.online import distance_from_base
 
 DEFAULT_METHODS = ("okd", "sft", "forward_kd", "gkd")
 TEACHER_RANK = 16  # of the LoRA that `--tune-teacher` merges
 PROBE_STEPS = 5  # that time a method; the first is left out, the others are as many odd as even ones
 SETTINGS = (  # what all lines of a results.jsonl have in common
-    "train_file", "eval_file", "teacher", "student", "student_layers", "tune_teacher", "tune_student",
-    "tune_student_method", "batch_size", "max_length", "learning_rate", "set", "device",
+    "train_file", "eval_file", "labelled", "threads", "teacher", "student", "student_layers",
+    "tune_teacher", "tune_student", "tune_student_method", "batch_size", "max_length", "learning_rate", "set", "device",
     "eval_examples", "answers", "answer_seeds", "max_new_tokens", "curve_examples", "curve_points",
 )  # fmt: skip
 COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], float | None], str]] = {  # title, of a result, format
@@ -62,6 +85,7 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], float | None], str]] = 
     "reverse_kl": ("KL(q‖p)", lambda r: r["metrics"]["reverse_kl"], ".4f"),
     "top1_agreement": ("top-1 %", lambda r: 100 * r["metrics"]["top1_agreement"], ".1f"),
     "ce": ("CE", lambda r: math.log(r["metrics"]["perplexity"]), ".4f"),
+    "lowest_ce": ("curve's lowest CE", lambda r: min((ce for *_, ce in r.get("curve", ())), default=None), ".4f"),
     "teacher_shift": ("KL(p‖online p)", lambda r: r.get("teacher", {}).get("teacher_shift"), ".4f"),
     "teacher_ce": ("online p's CE", lambda r: r.get("teacher", {}).get("online_teacher_nll"), ".4f"),
     "steps": ("steps", lambda r: r["steps"], ".0f"),
@@ -70,6 +94,9 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], float | None], str]] = 
     "generating": ("gen. %", lambda r: 100 * r["generating_share"], ".0f"),
     "peak": ("MiB", lambda r: r["peak_bytes"] / 2**20, ".0f"),
 }
+COMPARED = ("ce", "rouge_l", "forward_kl", "top1_agreement")  # whose paired differences are told
+REFERENCE = "forward_kd"
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 degrees of freedom
 
 
 # --- a job: one process ---
@@ -81,7 +108,7 @@ def load(job: dict[str, Any], *names: str) -> list[Any]:
     return [load_tokenizer(str(folder / "teacher")), *(load_model(str(folder / n)).to(job["device"]) for n in names)]
 
 
-def training_arguments(job: dict[str, Any], folder: str, method: str, steps: int, **options: Any) -> OKDConfig:
+def training_arguments(job: dict[str, Any], folder: str, method: MethodLike, steps: int, **options: Any) -> OKDConfig:
     """Common options, then those of the job's `--set` that the method reads, then these."""
     common = {
         "output_dir": folder,
@@ -101,16 +128,29 @@ def training_arguments(job: dict[str, Any], folder: str, method: str, steps: int
 
 def steps_of(settings: dict[str, Any], variant: str, student_steps: int) -> int:
     """Steps in which the student learns so many times: where it learns in turns with the teacher, twice as many, but
-    for the share of the training (`online_start`) before the teacher begins."""
+    for the shares of the training before the teacher begins (`online_start`) and after it rests (`online_stop`)."""
     method, options = parse_variant(variant)
     args = training_arguments({**settings, "device": "cpu"}, settings["output_dir"], method, 1, **options)
     if not args.resolved.alternating:
         return student_steps
-    return round(2 * student_steps / (1 + args.online_start))
+    return round(2 * student_steps / (2 - args.online_stop + args.online_start))
 
 
 def prepare(job: dict[str, Any]) -> dict[str, Any]:
     """Write models/teacher and models/student, tuned where the settings say so."""
+    make = small.make if job["teacher"].startswith(small.PREFIX) else shorten
+    tokenizer, teacher, student = make(job, tune)
+    models = Path(job["output_dir"]) / "models"
+    unfinished = models.with_name("models.part")
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.save_pretrained(unfinished / name)
+        tokenizer.save_pretrained(unfinished / name)
+    os.replace(unfinished, models)
+    return {}
+
+
+def shorten(job: dict[str, Any], tune: Callable[..., None]) -> tuple[Any, Any, Any]:
+    """Tokenizer, teacher, and a student that is another model or a part of the teacher's layers."""
     import peft
 
     tokenizer, teacher = load_tokenizer(job["teacher"]), load_model(job["teacher"]).to(job["device"])
@@ -121,29 +161,44 @@ def prepare(job: dict[str, Any]) -> dict[str, Any]:
         check_tokenizers(load_tokenizer(job["student"]), tokenizer)
         student = load_model(job["student"]).to(job["device"])
     data = encode(read_jsonl(job["train_file"]), tokenizer, max_length=job["max_length"]).rows
-
-    def tune(model: Any, teacher: Any, method: str, steps: int) -> None:
-        transformers.set_seed(0)
-        with tempfile.TemporaryDirectory() as folder:
-            args = training_arguments(job, folder, method, steps)
-            OKDTrainer(model, teacher, args, data, processing_class=tokenizer).train()
-
     if job["tune_student"]:
-        tune(student, teacher, job["tune_student_method"], job["tune_student"])
+        tune(job, student, tokenizer, job["tune_student"], data, teacher=teacher, method=job["tune_student_method"])
     if job["tune_teacher"]:
         config = peft.LoraConfig(
             task_type="CAUSAL_LM", r=TEACHER_RANK, lora_alpha=2 * TEACHER_RANK, target_modules="all-linear"
         )
         adapted: Any = peft.get_peft_model(teacher, config)
-        tune(adapted, None, "sft", job["tune_teacher"])
+        tune(job, adapted, tokenizer, job["tune_teacher"], data)
         teacher = adapted.merge_and_unload()
-    models = Path(job["output_dir"]) / "models"
-    unfinished = models.with_name("models.part")
-    for name, model in (("teacher", teacher), ("student", student)):
-        model.save_pretrained(unfinished / name)
-        tokenizer.save_pretrained(unfinished / name)
-    os.replace(unfinished, models)
-    return {}
+    return tokenizer, teacher, student
+
+
+def tune(
+    job: dict[str, Any],
+    model: Any,
+    tokenizer: Any,
+    steps: int,
+    rows: Any,
+    eval_rows: Any = None,
+    teacher: Any = None,
+    method: str = "sft",
+    **options: Any,
+) -> None:
+    transformers.set_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        args = training_arguments(job, folder, method, steps, **options)
+        OKDTrainer(model, teacher, args, rows, eval_rows, processing_class=tokenizer).train()
+
+
+def labelled(settings: dict[str, Any], tokenizer: Any) -> Sequence[Any]:
+    """What the students learn from: all rows of the training file, or N of those that a small teacher is trained on."""
+    examples = read_jsonl(settings["train_file"])
+    if settings["labelled"] is not None:
+        examples, _ = small.split(examples)
+    rows = encode(examples, tokenizer, max_length=settings["max_length"]).rows
+    if len(rows) < (settings["labelled"] or 0):
+        raise ValueError(f"expected {settings['labelled']} labelled rows; got {len(rows)}: pass a smaller --labelled")
+    return rows[: settings["labelled"]]
 
 
 def held_out(job: dict[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
@@ -157,9 +212,10 @@ def quality(job: dict[str, Any], student: Any, teacher: Any, tokenizer: Any) -> 
     return evaluate(student, teacher, tokenizer, rows, progress=False, **sizes)[0]
 
 
-def curve_kl(student: Any, teacher: Any, rows: list[dict[str, Any]], tokenizer: Any) -> float:
+def curve_point(student: Any, teacher: Any, rows: list[dict[str, Any]], tokenizer: Any) -> list[float]:
+    """KL to the teacher, and CE."""
     found = divergence_metrics(student, teacher, rows, pad_token_id=tokenizer.pad_token_id, progress=False)
-    return found["forward_kl"]
+    return [found["forward_kl"], math.log(found["perplexity"])]
 
 
 def baseline(job: dict[str, Any]) -> dict[str, Any]:
@@ -167,35 +223,45 @@ def baseline(job: dict[str, Any]) -> dict[str, Any]:
     tokenizer, student, teacher = load(job, job["variant"], "teacher")
     rows = held_out(job, tokenizer)[: job["curve_examples"]]
     started = time.perf_counter()
-    curve = [[0, 0.0, curve_kl(student, teacher, rows, tokenizer)]]
+    curve = [[0, 0.0, *curve_point(student, teacher, rows, tokenizer)]]
     seconds = time.perf_counter() - started
     return {"metrics": quality(job, student, teacher, tokenizer), "curve": curve, "curve_s": seconds}
 
 
-class Curve(TrainerCallback):
-    """KL to the base teacher at each evaluation: [step, seconds of training, nats per token]."""
+class CPUClock(Clock):
+    """CPU time of the process, of all its threads."""
 
-    def __init__(self, clock: Clock, measure: Callable[[], float]):
+    def _now(self) -> float:
+        return time.process_time()
+
+
+class Curve(TrainerCallback):
+    """At each evaluation [step, seconds of training, KL to the base teacher, CE], nats per token."""
+
+    def __init__(self, clock: Clock, measure: Callable[[], list[float]]):
         self.clock, self.measure = clock, measure
         self.points: list[list[float]] = []
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        found = metrics.get("eval_forward_kl")  # absent where the method has no teacher
-        self.points.append([state.global_step, sum(self.clock.steps), self.measure() if found is None else found])
+        if "eval_forward_kl" in metrics:
+            found = [metrics["eval_forward_kl"], math.log(metrics["eval_perplexity"])]
+        else:  # the method has no teacher
+            found = self.measure()
+        self.points.append([state.global_step, sum(self.clock.steps), *found])
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
     """Train one student; its curve, its quality, its cost. A probe is only timed."""
     method, options = parse_variant(job["variant"])
     tokenizer, student, teacher = load(job, "student", "teacher")
-    data = encode(read_jsonl(job["train_file"]), tokenizer, max_length=job["max_length"]).rows
+    data = labelled(job, tokenizer)
     rows = held_out(job, tokenizer)[: job["curve_examples"]]
     steps, probe = job["steps"], job["kind"] == "probe"
     if not probe:
         options = {"eval_strategy": "steps", "eval_steps": math.ceil(steps / job["curve_points"]), **options}
     transformers.set_seed(job["seed"])
-    clock = Clock(job["device"])
-    curve = Curve(clock, lambda: curve_kl(student, teacher, rows, tokenizer))
+    clock = (CPUClock if job["threads"] == 1 and job["device"] == "cpu" else Clock)(job["device"])
+    curve = Curve(clock, lambda: curve_point(student, teacher, rows, tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(job, folder, method, steps, seed=job["seed"], **options)
         # the clock comes last: it goes on when the curve has its point
@@ -228,7 +294,25 @@ JOBS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-# --- the run: jobs one after another, each kept when it is done ---
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    return JOBS[job["kind"]](job)
+
+
+# --- the run: each job is kept when it is done ---
+
+
+def forked_job(job: dict[str, Any]) -> dict[str, Any]:
+    """The job's result from a process of its own, forked from one that has imported everything, as importing takes as
+    long as a small job. Raises RuntimeError where it failed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__spec__.name])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(run_job, job).result()
+        except Exception as error:
+            raise RuntimeError("".join(traceback.format_exception(error)).strip()) from error
 
 
 class Results:
@@ -237,6 +321,7 @@ class Results:
     def __init__(self, settings: dict[str, Any]):
         self.settings = settings
         self.path = Path(settings["output_dir"]) / "results.jsonl"
+        self.writing = threading.Lock()
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
         self.found = {self._key(line): line for line in map(json.loads, lines) if "failed" not in line}
 
@@ -254,11 +339,12 @@ class Results:
             return self.found[self._key(job)]
         started = time.perf_counter()
         try:
-            result = {**job, **subprocess_job("benchmarks.methods", {**self.settings, **job})}
+            whole = {**self.settings, **job}
+            result = {**job, **(forked_job(whole) if whole["threads"] else subprocess_job("benchmarks.methods", whole))}
         except RuntimeError as error:
             result = {**job, "failed": str(error)}
         wall = result["wall_s"] = time.perf_counter() - started
-        with self.path.open("a") as file:
+        with self.writing, self.path.open("a") as file:
             file.write(json.dumps(result) + "\n")
         name = " ".join(str(x) for x in (variant, *(["seed", seed, "steps", steps] if steps else [kind])))
         if "failed" in result:
@@ -285,7 +371,7 @@ def wall_clock_plan(results: Results, args: argparse.Namespace) -> dict[str, Any
     for variant in args.methods:
         if "steps" in args.budgets:
             steps = steps_of(results.settings, variant, args.steps)
-            runs = [results.get("train", variant, seed, steps) for seed in range(args.seeds)]
+            runs = [results.get("train", variant, seed, steps) for seed in args.seeds]
         else:
             runs = [results.run("probe", variant, 0, PROBE_STEPS)]
         taken = [run["step_s"] for run in runs if run is not None]
@@ -315,12 +401,13 @@ def estimate(results: Results, args: argparse.Namespace) -> float:
             continue
         seconds, steps = probe["step_s"], steps_of(results.settings, variant, args.steps)
         reference = reference or seconds * steps
-        missing = [s for s in range(args.seeds) if results.get("train", variant, s, steps) is None]
+        missing = [s for s in args.seeds if results.get("train", variant, s, steps) is None]
         steps_part = len(missing) * (steps * seconds + overhead) if "steps" in args.budgets else 0.0
         timed = "time" in args.budgets and round(reference / seconds) != steps
-        time_part = args.seeds * (reference + overhead) if timed else 0.0
+        time_part = len(args.seeds) * (reference + overhead) if timed else 0.0
         total += steps_part + time_part
         print(f"{variant:<40}{seconds:>6.2f} s/step{steps_part / 60:>7.1f} min{time_part / 60:>7.1f} min")
+    total /= args.jobs
     print(f"about {total / 60:.0f} min, of which evaluating and loading take {overhead:.0f} s a job")
     return total
 
@@ -332,10 +419,59 @@ def aggregate(runs: list[dict[str, Any]]) -> dict[str, tuple[float, float | None
     return {name: (statistics.fmean(x), statistics.stdev(x) if len(x) > 1 else None) for name, x in values.items()}
 
 
+def reference_of(variants: Sequence[str]) -> str:
+    return next((v for v in variants if v.partition(":")[0] == REFERENCE), variants[0])
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and half of its 95 % interval by Student's t; a single value has none. By the normal quantile, corrected to
+    its second order, from 11 values on."""
+    n = len(values)
+    if n < 2:
+        return statistics.fmean(values), None
+    z = statistics.NormalDist().inv_cdf(0.975)
+    t = T_975[n - 2] if n - 2 < len(T_975) else z + (z**3 + z) / (4 * (n - 1)) + z**5 / (19 * (n - 1) ** 2)
+    return statistics.fmean(values), t * statistics.stdev(values) / n**0.5
+
+
+def differences(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Of each method with runs beside the reference's: `seeds` that both have, and `interval` of each column's paired
+    difference."""
+    reference = {run["seed"]: run for run in rows[reference_of(list(rows))]}
+    found: dict[str, dict[str, Any]] = {}
+    for variant, runs in rows.items():
+        pairs = [(run, reference[run["seed"]]) for run in runs if run["seed"] in reference]
+        if not pairs or variant == reference_of(list(rows)):
+            continue
+        found[variant] = {"seeds": [run["seed"] for run, _ in pairs]}
+        for name in COMPARED:
+            column = COLUMNS[name][1]
+            values = [(column(a), column(b)) for a, b in pairs]
+            if all(None not in pair for pair in values):
+                found[variant][name] = interval([a - b for a, b in values])
+    return found
+
+
+def table_of_differences(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown; bold where the interval excludes 0."""
+    lines = [
+        f"| less {reference_of(list(rows))} | seeds | " + " | ".join(COLUMNS[name][0] for name in COMPARED) + " |",
+        "|---|" + "---:|" * (len(COMPARED) + 1),
+    ]
+    for variant, found in differences(rows).items():
+        cells = []
+        for name in COMPARED:
+            mean, half = found.get(name, (None, None))
+            cell = _cell(mean, half, f"+{COLUMNS[name][2]}")
+            cells.append(f"**{cell}**" if half is not None and abs(mean) > half else cell)
+        lines.append("| " + " | ".join([variant, str(len(found["seeds"])), *cells]) + " |")
+    return "\n".join(lines)
+
+
 def _cell(mean: float | None, deviation: float | None, form: str) -> str:
     if mean is None:
         return ""
-    return f"{mean:{form}}" if deviation is None else f"{mean:{form}} ± {deviation:{form}}"
+    return f"{mean:{form}}" if deviation is None else f"{mean:{form}} ± {deviation:{form.lstrip('+')}}"
 
 
 def table(title: str, rows: dict[str, list[dict[str, Any]]], baselines: dict[str, dict[str, Any]]) -> str:
@@ -363,26 +499,28 @@ def table(title: str, rows: dict[str, list[dict[str, Any]]], baselines: dict[str
 
 
 def plot(tables: dict[str, dict[str, list[dict[str, Any]]]], start: dict[str, Any], path: Path) -> None:
-    """KL to the base teacher on the held-out subset over training time: mean over seeds, and their range."""
+    """KL to the base teacher and CE on the held-out subset over training time: mean over seeds, and their range."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * len(tables), 4.2), layout="constrained")
+    figure = Figure(figsize=(6 * len(tables), 8.4), layout="constrained")
+    labels = {2: "KL(base teacher ‖ student), nats per token", 3: "CE of the references, nats per token"}
     for i, (title, rows) in enumerate(tables.items()):
-        axes = figure.add_subplot(1, len(tables), i + 1)
-        for variant, runs in rows.items():
-            if not runs or not runs[0]["curve"]:
-                continue
-            curves = [start["curve"] + run["curve"] for run in runs]
-            seconds, kl = ([[point[j] for point in curve] for curve in curves] for j in (1, 2))
-            x = [statistics.fmean(column) for column in zip(*seconds, strict=True)]
-            columns = list(zip(*kl, strict=True))
-            (line,) = axes.plot(x, [statistics.fmean(c) for c in columns], marker="o", markersize=3, label=variant)
-            axes.fill_between(
-                x, [min(c) for c in columns], [max(c) for c in columns], color=line.get_color(), alpha=0.2
-            )
-        axes.set(title=title, xlabel="training time, s", ylabel="KL(base teacher ‖ student), nats per token")
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
+        for j, (measure, label) in enumerate(labels.items()):
+            axes = figure.add_subplot(2, len(tables), j * len(tables) + i + 1)
+            for variant, runs in rows.items():
+                if not runs or not runs[0]["curve"]:
+                    continue
+                curves = [start["curve"] + run["curve"] for run in runs]
+                seconds, values = ([[point[k] for point in curve] for curve in curves] for k in (1, measure))
+                x = [statistics.fmean(column) for column in zip(*seconds, strict=True)]
+                columns = list(zip(*values, strict=True))
+                (line,) = axes.plot(x, [statistics.fmean(c) for c in columns], marker="o", markersize=3, label=variant)
+                axes.fill_between(
+                    x, [min(c) for c in columns], [max(c) for c in columns], color=line.get_color(), alpha=0.2
+                )
+            axes.set(title=title, xlabel="training time, s", ylabel=label)
+            axes.grid(alpha=0.3)
+            axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -399,8 +537,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="METHOD[:OPTION=VALUE,...]",
         help="the first sets W",
     )
-    add("--seeds", type=int, default=3, help="seeds 0, 1, ... of each method")
+    add("--seeds", type=int, default=3, help="of each method")
+    add("--first-seed", type=int, default=0, help="another one for what is tuned, and not reported")
     add("--steps", type=int, default=24, help="of equal steps, in which the student learns")
+    add("--epochs", type=float, help="of the student over what is labelled, in place of steps")
+    add("--jobs", type=int, default=1, help="processes at once")
+    add("--threads", type=int, help="of each process; with 1, training time is CPU time")
+    add("--preset", choices=("small",), help="models made here: defaults of benchmarks.small for other options")
+    add("--labelled", type=int, metavar="N", help="rows that the students learn from; default: all")
     add("--seconds", type=float, help="W; default: the time of the first method's steps")
     add("--budgets", nargs="+", choices=("steps", "time"), default=["steps", "time"])
     add("--teacher", default=SMOLLM2)
@@ -422,7 +566,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dry-run", action="store_true", help="estimate the time, from a few steps of each method")
     add("--job", help=argparse.SUPPRESS)
+    if parser.parse_known_args(argv)[0].preset:
+        parser.set_defaults(**small.OPTIONS)
     args = parser.parse_args(argv)
+    args.seeds = list(range(args.first_seed, args.first_seed + args.seeds))
     if not args.job:
         for name in ("train_file", "eval_file"):
             if getattr(args, name) is None:
@@ -434,10 +581,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     if args.job:
-        job = json.loads(args.job)
-        print(json.dumps(JOBS[job["kind"]](job)))
+        print(json.dumps(run_job(json.loads(args.job))))
         return
-    absent = [variant for variant in args.methods if variant.partition(":")[0] not in METHODS]
+    absent = [variant for variant in args.methods if variant.partition(":")[0] not in KNOWN]
     for variant in absent:
         print(f"skipped: {variant}, which is no method of this version")
     args.methods = [variant for variant in args.methods if variant not in absent]
@@ -454,16 +600,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = Results({**settings, "output_dir": args.output_dir})
     if not (output / "models").is_dir() and results.run("prepare", "models") is None:
         raise SystemExit("the models could not be prepared: see above")
+    if args.epochs:
+        rows = len(labelled(settings, load_tokenizer(str(output / "models" / "teacher"))))
+        args.steps = math.ceil(args.epochs * math.ceil(rows / args.batch_size))
     if args.dry_run:
         estimate(results, args)
         return
-    baselines = {name: results.run("baseline", name) for name in ("student", "teacher")}
+
+    def run_all(jobs: Iterable[tuple[Any, ...]]) -> list[dict[str, Any] | None]:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            return list(pool.map(lambda job: results.run(*job), jobs))
+
+    sides = ("student", "teacher")
+    baselines = dict(zip(sides, run_all(("baseline", side) for side in sides), strict=True))
     tables: dict[str, dict[str, list[dict[str, Any]]]] = {}
 
     def train_all(title: str, steps: dict[str, int]) -> None:
         """Seed by seed, so that a run that is cut short has compared what it has."""
-        runs = [(v, results.run("train", v, seed, n)) for seed in range(args.seeds) for v, n in steps.items()]
-        tables[title] = {variant: [run for name, run in runs if name == variant and run] for variant in args.methods}
+        runs = [run for run in run_all(("train", v, seed, n) for seed in args.seeds for v, n in steps.items()) if run]
+        tables[title] = {variant: [run for run in runs if run["variant"] == variant] for variant in args.methods}
 
     if "steps" in args.budgets:
         steps = {variant: steps_of(results.settings, variant, args.steps) for variant in args.methods}
@@ -473,7 +628,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fitting = {variant: plan["steps"][variant] for variant in args.methods if variant in plan["steps"]}
         train_all(f"Equal training time: {plan['seconds']:.3g} s", fitting)
     known = {name: result for name, result in baselines.items() if result is not None}
-    text = "\n\n".join(table(title, rows, known) for title, rows in tables.items())
+    text = "\n\n".join(f"{table(title, rows, known)}\n\n{table_of_differences(rows)}" for title, rows in tables.items())
     print(f"\n{text}")
     (output / "tables.md").write_text(text + "\n")
     if "student" in known:
@@ -487,6 +642,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             title: {v: {"mean_and_deviation": aggregate(r) if r else None, "runs": r} for v, r in rows.items()}
             for title, rows in tables.items()
         },
+        "differences": {title: differences(rows) for title, rows in tables.items()},
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"\n{output}/tables.md, curves.png, summary.json")

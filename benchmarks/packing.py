@@ -24,7 +24,8 @@ from benchmarks.step import Clock
 from okd import OKDConfig, OKDTrainer
 from okd.data import lengths_of
 from okd.encoding import Encoded, Encoder, encoder_options
-from okd.models import keep_layers, load_model, load_tokenizer, parse_layers
+from okd.layers import keep_layers, parse_layers
+from okd.models import load_model, load_tokenizer
 from okd.sources import open_data
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -34,10 +34,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from benchmarks import peers
 from benchmarks.loss import DTYPES, environment, peak_rss
+from benchmarks.variants import VARIANTS
 from okd import METHODS, OKDConfig, OKDTrainer
-from okd.config import GROUPS
+from okd.config import GROUPS, MethodLike
 from okd.data import IGNORE
-from okd.models import SMOLLM2, keep_layers, load_model, parse_layers
+from okd.layers import keep_layers, parse_layers
+from okd.models import SMOLLM2, load_model
 from okd_kernels import DistillationLoss, LinearHead
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 8192, "bos_token_id": None}
@@ -54,15 +56,16 @@ CONFIGS = {  # of models with random weights; the last two have the shapes of Ll
 }
 DEFAULT_METHODS = ("forward_kd", "okd", "okd:online_layers=0.333", "gkd:student_share=1.0")
 EAGER = ("forward_kd", "okd")  # run with whole logits too
+KNOWN = {**METHODS, **VARIANTS}
 RATIOS = (("okd", "forward_kd"), ("okd:online_layers=0.333", "forward_kd"), ("gkd:student_share=1.0", "okd"))
 
 
-def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
+def parse_variant(text: str) -> tuple[MethodLike, dict[str, Any]]:
     """Method and options of "okd:teacher_kl_weight=0.9,online_rank=16". Raises ValueError for what neither knows."""
     method, _, rest = text.partition(":")
-    if method not in METHODS:
-        raise ValueError(f"expected a method out of {', '.join(METHODS)}; got {method!r}")
-    return method, parse_options(rest.split(",") if rest else [])
+    if method not in KNOWN:
+        raise ValueError(f"expected a method out of {', '.join(KNOWN)}; got {method!r}")
+    return VARIANTS.get(method, method), parse_options(rest.split(",") if rest else [])
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, Any]:
@@ -80,7 +83,7 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def read_by(method: str, own: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
+def read_by(method: MethodLike, own: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
     """Of options `common` to all methods, those that a method with options of its `own` reads; transformers' all."""
     kept: dict[str, Any] = {}
     while True:  # one option, such as online_teacher, may have others read
@@ -371,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.job:
         print(json.dumps(run_job(json.loads(args.job))))
         return
-    absent = [variant for variant in args.methods if variant.partition(":")[0] not in METHODS]
+    absent = [variant for variant in args.methods if variant.partition(":")[0] not in KNOWN]
     for variant in absent:
         print(f"skipped: {variant}, which is no method of this version")
     variants = [variant for variant in args.methods if variant not in absent]

@@ -64,6 +64,7 @@ class AroundUpdate(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
         trainer.check_divided()
+        trainer.fill_cache()
         if state.is_world_process_zero:
             trainer.log_file.start(state.global_step)
         trainer.inside(lambda: trainer.sampler.begin_run(int(state.epoch or 0) if state.global_step else -1))

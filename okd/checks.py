@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 from okd import sampling
+from okd.cache import TeacherCache
 from okd.data import Row, Rows, column, lengths_of, start_of_response
 from okd.decoding import Decoder, check_writing, recurrent_layers
 from okd.encoding import Stream
@@ -23,6 +24,7 @@ from okd.models import (
     check_packing,
     check_tokenizers,
     evaluating,
+    has_weights,
     position_limit,
     tokenizer_of,
     tokenizer_of_model,
@@ -33,7 +35,7 @@ from okd.online import Online, attach_online_module
 from okd.salience import calibration_batches, non_salient_modules
 from okd.selection import Policy
 from okd.sharding import is_divided, is_elsewhere, ranks
-from okd.teachers import Averaged, Frozen, Itself, Placed, refuse_injected
+from okd.teachers import Averaged, Frozen, Itself, Placed, Stored, refuse_injected
 from okd_kernels import has_fast_gemm
 
 logger = logging.get_logger(__name__)
@@ -85,7 +87,7 @@ def prepare_teacher(
         return teacher
     refuse_injected(teacher)
     if student is not None:  # before the online module goes in: a teacher that is refused stays as it was
-        if not is_elsewhere(teacher):
+        if not is_elsewhere(teacher) and has_weights(teacher):
             check_head(teacher, "teacher")
         if options.teacher_tokenizer is None:
             check_vocabularies(student, teacher, options.vocab_size)
@@ -108,6 +110,21 @@ def prepare_teacher(
             modules = non_salient_modules(student, teacher, options, batches, outcomes)
         teacher = attach_online_module(teacher, options, modules)
     return Online(teacher)
+
+
+def with_cache(teacher: Any, options: Any, tokenizer: Any, files: str | None) -> tuple[Any, TeacherCache | None]:
+    """The teacher and its cache, where the options name one: a frozen teacher is its stored states, if those are of its
+    last layer.
+
+    Raises ValueError as `TeacherCache.of` does, and for several teachers.
+    """
+    if options.teacher_cache is None:
+        return teacher, None
+    cache = TeacherCache.of(options, teacher.model, tokenizer, files)
+    if cache.manifest.is_last:
+        return Stored(teacher.model, cache), cache
+    teacher.cache = cache
+    return teacher, cache
 
 
 def place(teacher: Any, given: Any, options: Any) -> None:
@@ -294,7 +311,7 @@ def check_packed(options: Any, student: Any, teacher: Any) -> None:
     if options.packing and not is_elsewhere(student):
         check_packing(student, "student")
         for model in models_of(teacher):
-            if model is not None:
+            if model is not None and has_weights(model):
                 check_packing(model, "teacher")
 
 
@@ -347,6 +364,11 @@ def check_data(options: Any, train: Any, rows: Sequence[Row], texts: Sequence[Ro
         raise ValueError(
             f"expected all training data at once with method {method.name}, which keeps a response to each example; "
             "got a stream: leave stream out, or pass generate=step"
+        )
+    if isinstance(train, Stream) and options.teacher_cache is not None:
+        raise ValueError(
+            "expected all training data at once with teacher_cache, which is computed before the training; got a "
+            "stream: leave stream or teacher_cache out"
         )
     if isinstance(train, Stream) and options.max_steps <= 0:
         raise ValueError(
@@ -454,10 +476,16 @@ def refuse_sharded(trainer: Any) -> None:
             f"expected whole models on each process with method {method.name}, whose policy ascends by itself after "
             "each update; got sharded ones: use DDP, or gated_ensemble"
         )
-    if is_deepspeed and (method.alternating or (args.online and args.online_start > 0)):
+    resting = {
+        "alternating": method.alternating,
+        "online_start": args.online and args.online_start > 0,
+        "online_stop": args.online and args.online_stop < 1,
+        "online_every": args.online and args.online_every > 1,
+    }
+    if is_deepspeed and any(resting.values()):
         raise ValueError(
             "expected both sides to learn at every step under DeepSpeed, which moves a side without a gradient by its "
-            f"momentum; got {'alternating' if method.alternating else 'online_start'}: leave it out, or use FSDP2"
+            f"momentum; got {next(name for name, rests in resting.items() if rests)}: leave it out, or use FSDP2"
         )
     if trainer.is_sharded and is_deepspeed and isinstance(trainer.pair.teacher, Averaged):
         raise ValueError(

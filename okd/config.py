@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from okd import mixup, objectives, sampling
 from okd.alignment import check_tokenizer_options
+from okd.cache import CacheOptions, check_cache_options
 from okd.chat import ChatOptions
 from okd.decoding import Draw
 from okd.encoding import RowOptions
@@ -57,6 +58,7 @@ class OKDConfig(
     PromptOptions,
     SalienceOptions,
     TokenizerOptions,
+    CacheOptions,
     TaidOptions,
     MixupOptions,
     SelectionOptions,
@@ -276,12 +278,23 @@ class OKDConfig(
                 f"expected alternating with a method whose teacher learns by its divergence, such as okd or clda; got "
                 f"{method.name}: leave it out"
             )
+        if method.alternating and self.online_every > 1:
+            raise ValueError(
+                f"expected alternating or online_every; got {method.name} with both (online_every="
+                f"{self.online_every}): choose one, by alternating=False or by leaving online_every out"
+            )
+        if self.online_stop < 1 and self.online_stop <= self.online_start:
+            raise ValueError(
+                f"expected online_stop after online_start={self.online_start}; got {self.online_stop}, with which the "
+                "teacher would never learn: raise it, or use a method with a frozen teacher"
+            )
         if self.average_decay != SelfTeacherOptions.average_decay and self.self_teacher != "average":
             raise ValueError(
                 f"expected average_decay with self_teacher=average; got {self.average_decay} without: leave it out"
             )
         check_student_options(self)
         check_tokenizer_options(self)
+        check_cache_options(self)
         check_push_options(self)
         check_rollout_options(self)
         self._check_generation(method)

@@ -99,6 +99,11 @@ class Batch(TypedDict):
     teacher_targets: NotRequired[Tensor]  # (N',)
     teacher_counts: NotRequired[list[int]]
     aligned: NotRequired[Tensor]  # (2, M) indices into the N and into the N', of one text each
+    # of a teacher whose hidden states lie in a cache (`okd.cache`)
+    teacher_states: NotRequired[Tensor]  # those that enter a layer (lines, T, D), or the last (N, D)
+    teacher_layer: NotRequired[int]  # that layer
+    teacher_top_k: NotRequired[Tensor]  # (N, k) ids of its likeliest tokens,
+    teacher_log_probs: NotRequired[Tensor]  # (N, k), and theirs
 
 
 def on_device(batch: Any, device: Any) -> Batch:

@@ -146,6 +146,15 @@ def writing(path: Path, run: Path) -> Iterator[None]:
         ) from error
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    with writing(path, path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        os.replace(temporary, path)
+
+
 def _free(path: Path) -> int:
     return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
 

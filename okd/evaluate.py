@@ -23,9 +23,9 @@ from okd.answers import SAMPLED, batches, generate_answers, padding_token, rouge
 from okd.data import IGNORE, Batch, Collator, Row, on_device
 from okd.encoding import encoded_rows
 from okd.meters import not_counted
-from okd.models import device_of, evaluating, head_of, response_rows
+from okd.models import device_of, evaluating, response_rows
 from okd.objectives import cross_entropy_of
-from okd.teachers import as_it_was
+from okd.teachers import as_it_was, head_of_judge, rows_of_judge
 from okd_kernels import LinearHead, Outcomes, linear_distillation_loss, linear_outcome_distillation_loss
 
 STATISTICS = ("student_nll", "teacher_nll", "forward_kl", "reverse_kl", "top1_agreement")  # of the loss, per token
@@ -233,7 +233,9 @@ def _compared(
             "expected two models, got one as student and teacher; load the teacher apart, as its adapter is off here "
             "while the student's is on"
         )
-    collate = Collator(pad_token_id)
+    collate: Any = Collator(pad_token_id)
+    if (cache := getattr(teacher, "cache", None)) is not None:
+        collate = cache.collating(collate)
     modules = [m for m in (student, teacher) if isinstance(m, torch.nn.Module)]
     with evaluating(*modules), nullcontext() if teacher is None else as_it_was(teacher) as judge:
         device = device_of(student)
@@ -244,13 +246,13 @@ def _compared(
             indices, batch_rows = zip(*part, strict=True)
             batch = on_device(collate(batch_rows), device)
             student_hidden = response_rows(student, batch)
-            teacher_hidden = student_hidden if judge is None else response_rows(judge, batch, as_teacher=True)
+            teacher_hidden = student_hidden if judge is None else rows_of_judge(judge, batch)
             yield indices, batch, (student_hidden, student_head, teacher_hidden, teacher_head)
 
 
 def _head(model: PreTrainedModel, name: str, rows: Iterable[Row], device: torch.device) -> LinearHead:
     """The model's head. Raises ValueError if an id in `rows` lies outside its vocabulary, which crashes a GPU."""
-    head = head_of(model, device)
+    head = head_of_judge(model, device)
     ids = (row.get("teacher_input_ids", row["input_ids"]) if name == "teacher" else row["input_ids"] for row in rows)
     largest = max(map(max, ids))
     if largest >= len(head.weight):
@@ -272,6 +274,7 @@ class Evaluation:
     data_collator: Any
     ends: set[int]
     eval_dataset: Any
+    fill_held_out: Any
     inside: Any
     log: Any
     meters: Any
@@ -318,6 +321,7 @@ class Evaluation:
     def measured(self, rows: Sequence[Row]) -> dict[str, float]:
         """The metrics, without a prefix, `loss` among them; and the labels' `cross_entropy`."""
         teacher = self.pair.teacher
+        self.fill_held_out(rows)
         with self.accelerator.autocast():
             found = self.inside(
                 lambda: divergence_metrics(

@@ -14,9 +14,9 @@ from accelerate.utils import gather_object
 
 from okd.data import STUDENT, seed_of
 from okd.durable import writing
-from okd.models import weights_of
+from okd.models import numbers_of, weights_of
 from okd.options import option
-from okd.sharding import ranks, whole
+from okd.sharding import ranks
 
 
 @dataclass
@@ -131,11 +131,10 @@ class Keeper:
     @cached_property
     def how(self) -> int:
         """A few numbers of every weight of the teacher, without those that train; and how responses are written."""
-        options, method, teacher, weights = self.options, self.options.resolved, self.teacher, []
+        options, method, teacher, weights = self.options, self.options.resolved, self.teacher, list[torch.Tensor]()
         training = {id(p) for p in teacher.parameters() if p.requires_grad}
         if teacher.judges:
             with teacher.as_it_was() as model:
-                for p in (p for p in weights_of(model) if id(p) not in training):
-                    weights.append(whole(p).flatten()[:: max(1, p.numel() // 8)].float().cpu())
+                weights = numbers_of((p for p in weights_of(model) if id(p) not in training), 8)
         numbers = torch.cat(weights).tolist() if weights else []
         return seed_of(*numbers, options.seed, options.num_beams, method.draw, method.generate, self.vocab_size())

@@ -17,7 +17,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from okd.alignment import AUTO
 from okd.checks import check_number_of_teachers
 from okd.ensemble import load_ensemble, named_sources
-from okd.models import check_tokenizers, is_adapter, keep_layers, load_model, load_tokenizer, parse_layers
+from okd.layers import keep_layers, parse_layers
+from okd.models import check_tokenizers, is_adapter, load_model, load_tokenizer
 from okd.options import option
 from okd.sharding import loaded_whole
 from okd_kernels import has_fast_gemm

@@ -151,7 +151,7 @@ class Logging:
                 rate, own = self.args.learning_rate, self.optimizer.param_groups[-1]["initial_lr"]
                 logs["online_learning_rate"] = logs["learning_rate"] * (own / rate) if rate else own
                 if self._teacher_norm is not None:
-                    logs["teacher_grad_norm"] = self._teacher_norm.item()
+                    logs["teacher_grad_norm"], self._teacher_norm = self._teacher_norm.item(), None
         super().log(logs, start_time)  # type: ignore[misc]
         if self.args.process_index == 0:
             self.log_file.write(self.state.log_history[-1])
@@ -164,6 +164,8 @@ class Logging:
             return {}
         if not teacher.learns and self.args.temperature == 1 and "forward_kl" in logs:
             return {"base_forward_kl": logs["forward_kl"]}
+        if "teacher_top_k" in (self._last_batch or ()):  # at another temperature alone
+            return {}
         meters = Meters()
         with evaluating(self.pair), self.accelerator.autocast():
             metrics = self.pair(self._last_batch, loss=distance_from_base).metrics

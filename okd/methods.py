@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from okd import ensemble, mixup, objectives, on_policy, sampling, selection
+from okd.cache import CacheOptions
 from okd.decoding import Draw
 from okd.online import MODULE_OPTIONS, OnlineOptions
 from okd.options import groups_of, option
@@ -88,6 +89,8 @@ class Method:
             groups |= {OnlineOptions, MODULE_OPTIONS[self.online_module]}
         if self.needs_teacher and not self.takes_several:
             groups.add(SelfTeacherOptions)
+            if self.responses is sampling.dataset and self.loss is not mixup.mixkd:
+                groups.add(CacheOptions)
         return frozenset(groups)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -18,11 +19,12 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from okd.sharding import shape_of
+from okd.layers import states_above
+from okd.sharding import shape_of, whole
 from okd_kernels import LinearHead, has_fast_gemm
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from okd.data import Batch
 
@@ -194,53 +196,6 @@ def tokenizer_of_model(model: Any) -> Any | None:
         return None
 
 
-def parse_layers(text: str, n_layers: int) -> list[int]:
-    """Layer numbers from text such as "0-9,20-29", of a model with n_layers. Raises ValueError."""
-    kept: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or not (last if dash else first).isdigit():
-            raise ValueError(f'expected layers such as "0-9,20-29"; got {text!r}')
-        kept += range(int(first), int(last or first) + 1)
-    if not kept or kept != sorted(set(kept)) or kept[-1] >= n_layers:
-        raise ValueError(f"expected increasing layers below {n_layers}, as the model has; got {text!r}")
-    return kept
-
-
-def keep_layers(model: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
-    """A copy of the model with these decoder layers only: the student of the demo.
-
-    Raises ValueError where the decoder's layers are not one list of modules.
-    """
-    n_layers = model.config.get_text_config().num_hidden_layers
-    names = [n for n, m in model.get_decoder().named_children() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-    if len(names) != 1:
-        raise ValueError(
-            f"expected a decoder with one list of its {n_layers} layers, of which the student keeps some; got "
-            f"{len(names)} in {type(model).__name__}: pass a student, or leave the layers out to keep all"
-        )
-    student = copy.deepcopy(model)
-    student.config = copy.deepcopy(model.config)
-    config = student.config.get_text_config()
-    for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == n_layers:  # a property of each layer, such as `layer_types`
-            setattr(config, name, [value[i] for i in kept])
-    config.num_hidden_layers = len(kept)
-    decoder = student.get_decoder()
-    decoder.config = config
-    old = getattr(decoder, names[0])
-    layers = nn.ModuleList(old[i] for i in kept)
-    setattr(decoder, names[0], layers)
-    module: Any
-    for i, layer in enumerate(layers):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # its slot in the KV cache
-                module.layer_idx = i
-            if hasattr(module, "config"):
-                module.config = config
-    return student
-
-
 @contextmanager
 def evaluating(*models: nn.Module | None) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every `training` and `requires_grad` flag is as it was.
@@ -328,16 +283,35 @@ def weights_of(model: nn.Module) -> Iterator[nn.Parameter]:
                     yield parameter
 
 
+def has_weights(model: Any) -> bool:
+    """It is in memory, or accelerate brings it there; else a shape alone."""
+    return is_dispatched(model) or not all(p.is_meta for p in model.parameters())
+
+
+def numbers_of(weights: Iterable[Tensor], n: int) -> list[Tensor]:
+    """About n numbers of each weight, by which one model is told from another. All processes call it where weights are
+    divided."""
+    return [whole(p).flatten()[:: max(1, p.numel() // n)].float().cpu() for p in weights]
+
+
+def fingerprint(model: Any) -> str:
+    """A hash of numbers from every weight that does not train, in whatever modules these lie."""
+    numbers = numbers_of((p for p in weights_of(model) if not p.requires_grad), 256)
+    digests = sorted(hashlib.blake2b(x.numpy().tobytes()).digest() for x in numbers)
+    return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+
+
 def hidden_states(
     model: Any,
     input_ids: Tensor | None,  # (B, T); None with `inputs_embeds`
     attention_mask: Tensor | None,  # (B, T); with a cache, of its columns too; None: by `position_ids`
+    run: Callable[..., Tensor] | None = None,
     **options: Any,
 ) -> Tensor:
     """The hidden states (B, T, D) that the head projects, without projecting them. Active adapters take part.
 
     `options` go to the model: `inputs_embeds` (B, T, D), a KV cache, positions; tensors to its device, where the states
-    stay.
+    stay. `run` takes the decoder and these, in place of all of its layers: see `okd.layers`.
     """
     options = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **options}
     device = device_of(model)
@@ -347,31 +321,37 @@ def hidden_states(
         output = model(**options, output_hidden_states=True, logits_to_keep=1)
         return output.hidden_states[-1][:, -options["attention_mask"].shape[1] :]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.get_decoder()(**options).last_hidden_state
+    return base.get_decoder()(**options).last_hidden_state if run is None else run(base.get_decoder(), **options)
 
 
 def response_rows(model: Any, batch: Batch, as_teacher: bool = False) -> Tensor:
     """(N, D) hidden states that predict the batch's response tokens; `as_teacher` after the teacher's own prompts.
 
-    On the batch's device: where the model is elsewhere, ids go there and these rows come back.
+    On the batch's device: where the model is elsewhere, ids go there and these rows come back. Where the batch has the
+    states that enter a layer of the teacher (`okd.cache`), no lower one is run.
     """
     values: Any = batch
     prefix = "teacher_" if as_teacher and "teacher_input_ids" in batch else ""
     input_ids, mask, positions = (values[f"{prefix}{name}"] for name in ("input_ids", "attention_mask", "positions"))
+    run = None
+    if as_teacher and "teacher_states" in batch:
+        run = partial(states_above, layer=batch["teacher_layer"], states=batch["teacher_states"])
     if prefix or "position_ids" not in batch:
-        states = hidden_states(model, input_ids, mask)
+        states = hidden_states(model, input_ids, mask, run)
     else:
-        states = packed_states(model, input_ids, batch["position_ids"])
+        states = packed_states(model, input_ids, batch["position_ids"], run)
     return states.flatten(0, 1)[positions.to(states.device)].to(positions.device)
 
 
-def packed_states(model: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def packed_states(
+    model: Any, input_ids: Tensor, position_ids: Tensor, run: Callable[..., Tensor] | None = None
+) -> Tensor:
     """(lines, T, D) hidden states of lines on which several rows lie, each with positions from 0, by which a row's
     tokens attend within their row alone. Where attention is flash attention, which reads one line only, of (1, lines T,
     D)."""
     if "flash" in str(getattr(model.config.get_text_config(), "_attn_implementation", None)):
         input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
-    return hidden_states(model, input_ids, None, position_ids=position_ids)
+    return hidden_states(model, input_ids, None, run, position_ids=position_ids)
 
 
 def position_limit(model: Any) -> int | None:

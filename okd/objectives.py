@@ -80,6 +80,9 @@ def divergence(pair: StudentTeacher, batch: Batch, totals: Totals) -> Distillati
     return distil_rows(pair, batch, pair.student_rows(batch), pair.teacher_rows(batch), totals.tokens)
 
 
+divergence.takes_top_k = True  # type: ignore[attr-defined]
+
+
 def distil_rows(
     pair: StudentTeacher, batch: Batch, rows: Tensor, teacher_rows: Tensor, normalizer: Any, **options: Any
 ) -> DistillationLoss:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from okd.data import Batch
 from okd.models import decoder_modules, head_of, response_rows
 from okd.options import option
-from okd.teachers import Placed, base_of, refuse_injected
+from okd.teachers import Placed, base_of, head_of_judge, refuse_injected, rows_of_judge
 from okd_kernels import DistillationLoss, LinearHead
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ class OnlineOptions:
     online_learning_rate: float | None = option(None, "learning rate of the online module; default: learning_rate")
     online_start: float = option(
         0.0, "share of the training after which the online module begins to learn", least=0, most=1
+    )
+    online_stop: float = option(1.0, "share of the training after which the online module rests", least=0, most=1)
+    online_every: int = option(
+        1, "the online module learns at every so many steps; at the others its teacher goes forward only", least=1
     )
     alternating: bool | None = option(
         None, "student and online module learn in turns, at every other step; default: as the method says"
@@ -309,7 +313,7 @@ def distance_from_base(pair: StudentTeacher, batch: Batch, totals: Totals | None
     """
     targets = batch["targets"]
     with pair.teacher.as_it_was() as model:
-        base, base_head = response_rows(model, batch, as_teacher=True), head_of(model, targets.device)
+        base, base_head = rows_of_judge(model, batch), head_of_judge(model, targets.device)
     options: dict[str, Any] = {"teacher": None, "teacher_head": base_head, "temperature": 1.0}  # as in evaluations
     if "aligned" in batch:
         loss = pair.distil_aligned(pair.student_rows(batch), base, batch, **options)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from okd.cache import Head
 from okd.data import Batch
 from okd.models import device_of, response_rows
 from okd.objectives import Loss, Totals
@@ -20,8 +21,10 @@ from okd_kernels import (
     LinearHead,
     Objective,
     Outcomes,
+    TopK,
     linear_distillation_loss,
     linear_outcome_distillation_loss,
+    linear_sparse_distillation_loss,
 )
 
 logger = logging.get_logger(__name__)
@@ -67,17 +70,20 @@ class StudentTeacher(nn.Module):
         ]
 
     def at(self, step: int, max_steps: int) -> None:
-        """Set who learns at a step of the training. Where they alternate, the student has the even steps.
+        """Set who learns at a step of the training. Where they alternate, the student has the even steps; with
+        `online_every` k the online module has the multiples of k, the student all.
 
         A side that does not learn has no gradient at all, rather than one of zero, by which AdamW's momentum would go
         on moving it.
         """
         self.seed = self.options.seed, step
         self.progress, self.progress_after = (x / max(1, max_steps) for x in (step, step + 1))
-        online = self.method.teacher is not None and self.progress >= self.options.online_start
+        options = self.options
+        online = self.method.teacher is not None and options.online_start <= self.progress < options.online_stop
         alternating = self.method.alternating and online
-        self.teacher_objective = self.method.teacher if online and (step % 2 == 1 or not alternating) else None
-        self.student_learns = not (alternating and step % 2 == 1)
+        turn = step % 2 == 1 if alternating else step % options.online_every == 0
+        self.teacher_objective = self.method.teacher if online and turn else None
+        self.student_learns = not (alternating and turn)
         if self.method.teacher is not None and self.teacher is not None:
             self.teacher.learning = self.teacher_objective is not None
 
@@ -102,7 +108,8 @@ class StudentTeacher(nn.Module):
     def heads(self) -> list[nn.Module]:
         """The last layers of all models in it."""
         models = [module for module in self.modules() if isinstance(module, PreTrainedModel)]
-        return [head for head in (model.get_output_embeddings() for model in models) if head is not None]
+        heads = [head for head in (model.get_output_embeddings() for model in models) if head is not None]
+        return [*heads, *(module for module in self.modules() if isinstance(module, Head))]
 
     def forward(
         self,
@@ -144,14 +151,15 @@ class StudentTeacher(nn.Module):
     def distil(
         self,
         student_hidden: Tensor,  # (N, D_s)
-        teacher_hidden: Tensor,  # (N, D_t)
+        teacher_hidden: Tensor | TopK,  # (N, D_t), or the teacher's k likeliest tokens
         targets: Tensor,  # (N,)
         normalizer: Tensor | float | None = None,
         student_head: LinearHead | None = None,
         teacher_head: LinearHead | None = None,
         **options: Any,
     ) -> DistillationLoss:
-        """`linear_distillation_loss` with this pair's heads, objectives and options, or others in their place."""
+        """`linear_distillation_loss` with this pair's heads, objectives and options, or others in their place; of a
+        teacher's likeliest tokens alone, `linear_sparse_distillation_loss`."""
         defaults = {
             "student": self.student_objective,
             "teacher": self.teacher_objective,
@@ -159,9 +167,17 @@ class StudentTeacher(nn.Module):
             "vocab_size": self.options.vocab_size,
             "compact": False,  # the rows are those with a target already: finding them anew would make the host wait
         }
+        student_head = self.student_head() if student_head is None else student_head
+        if isinstance(teacher_hidden, TopK):
+            given = {**defaults, **options}
+            given.pop("teacher")
+            target = teacher_hidden.ids, teacher_hidden.log_probs
+            return linear_sparse_distillation_loss(
+                student_hidden, student_head, *target, targets, normalizer=normalizer, **given
+            )
         return linear_distillation_loss(
             student_hidden,
-            self.student_head() if student_head is None else student_head,
+            student_head,
             teacher_hidden,
             self.teacher_head() if teacher_head is None else teacher_head,
             targets,

@@ -20,8 +20,9 @@ from transformers.utils import logging
 
 from okd import mixup, sampling
 from okd.cluster import SHARDINGS, SLACK, Cluster, sharding_of
+from okd.layers import keep_layers, parse_layers
 from okd.loading import _given_options, teacher_sources
-from okd.models import find_device, is_adapter, keep_layers, parse_layers
+from okd.models import find_device, is_adapter
 from okd.online import online_config
 from okd.shapes import Trace, read_config, skeleton, time_layer, trace
 from okd.sharding import loaded_whole
@@ -427,9 +428,10 @@ class _Planner:
             self._add("online module, its states", held + gradients[0], held + gradients[1])
             self.result.parameters["teacher's online module"] = teacher.trainable
         if self.method.needs_teacher:
-            self._count_pass(f"teacher{number}", teacher.trace, teacher.trainable > 0)
+            self._count_pass(f"teacher{number}", teacher.trace, teacher.trainable > 0, self.args.online_every)
 
-    def _count_pass(self, name: str, found: Trace | None, learns: bool) -> None:
+    def _count_pass(self, name: str, found: Trace | None, learns: bool, every: int = 1) -> None:
+        """Of a model that learns at every so many steps: the mean step's work, and the memory of one where it does."""
         if found is None:
             return
         flops, steps, saved, again = self.result.flops, self.steps, found.saved, 0.0
@@ -440,10 +442,11 @@ class _Planner:
         self._add(f"{name} weights in {dtype}", found.copies, 0)
         flops[f"{name} forward"] = steps * found.forward
         if learns:
-            flops[f"{name} backward"] = steps * found.backward
+            flops[f"{name} backward"] = steps * found.backward / every
         if again:
-            flops[f"{name} recomputation"] = steps * again
-        self.result.attention_flops += steps * found.attention
+            flops[f"{name} recomputation"] = steps * again / every
+        idle = found.backward * (1 - 1 / every) / (found.forward + found.backward)  # share of the pass that is left out
+        self.result.attention_flops += steps * found.attention * (1 - idle)
 
     def _count_loss(self, student: _Model, teachers: list[_Model]) -> None:
         """As `okd_kernels` allocates: two chunk buffers, gradients of hidden rows, dW of the student's head in fp32."""
@@ -463,7 +466,9 @@ class _Planner:
         self._add("loss: heads in 16 bit", sum(2 * m.head[0] * m.head[1] for m in narrow), 0)
         per_width = 2.0 * n * v * self.steps
         flops["heads forward"] = per_width * sum(m.head[1] for m in models)
-        flops["heads backward"] = per_width * (sum(m.head[1] for m in learning) + (student.head[1] if trains else 0))
+        of_student = student.head[1] * (2 if trains else 1)
+        of_teachers = sum(m.head[1] for m in learning[1:]) / self.args.online_every
+        flops["heads backward"] = per_width * (of_student + of_teachers)
 
     def _count_sharing(self, student: _Model, teachers: list[_Model]) -> None:
         models = {"student": student} | {f"teacher{_number(i, teachers)}": x for i, x in enumerate(teachers)}

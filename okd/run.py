@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -30,7 +29,16 @@ from okd.checkpoints import ADAPTER, STUDENT
 from okd.checks import with_vocab_size
 from okd.config import OKDConfig
 from okd.data import column
-from okd.durable import BEGUN, begun, check_checkpoint, checkpoints, last_checkpoint, remove, writing
+from okd.durable import (
+    BEGUN,
+    begun,
+    check_checkpoint,
+    checkpoints,
+    last_checkpoint,
+    remove,
+    write_whole,
+    writing,
+)
 from okd.encoding import Encoded, Encoder, encoder_options
 from okd.ensemble import models_of
 from okd.evaluate import evaluate
@@ -155,9 +163,9 @@ def _run(
         if args.process_index == 0:
             if config.overwrite and not checkpoint:
                 _remove_run(output_dir)
-            _write(output_dir / "config.yaml", written_config)
+            write_whole(output_dir / "config.yaml", written_config)
             if before is not None:
-                _write(output_dir / BEFORE, json.dumps(before))
+                write_whole(output_dir / BEFORE, json.dumps(before))
 
     after: Measured = {}, []
     seconds: dict[str, float] = {}
@@ -233,7 +241,7 @@ def _report(
     if any("loss" in entry for entry in trainer.state.log_history):
         with writing(output_dir / "curves.png", output_dir):
             plot_curves(trainer.state.log_history, output_dir / "curves.png")
-    _write(output_dir / "metrics.json", json.dumps(metrics, indent=2))
+    write_whole(output_dir / "metrics.json", json.dumps(metrics, indent=2))
     trainer.create_model_card()
     print(f"\n{format_table(metrics['before'], metrics['after'])}")
     if before:
@@ -313,12 +321,3 @@ def _remove_run(output_dir: Path) -> None:
     found, first = filter(_is_of_a_run, list(output_dir.iterdir())), checkpoints(output_dir)
     for path in sorted(found, key=lambda path: (path.name == "config.yaml", path not in first)):
         remove(path) if path.is_dir() else path.unlink()
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    with writing(path, path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        os.replace(temporary, path)

@@ -41,6 +41,15 @@ def most(x: int) -> int:
     return int(found.item())
 
 
+def of_first(x: T) -> T:
+    """What the first process has, on all."""
+    if ranks() == 1:
+        return x
+    found = [x]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
 def launch_options(kind: str) -> dict[str, Any]:
     """What `TrainingArguments` take for a shipped configuration, where accelerate's launcher has not read it."""
     given = yaml.safe_load((LAUNCH / f"{kind}.yaml").read_text())

@@ -17,10 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from okd.cache import Head, TeacherCache, plain_head
 from okd.data import Batch
-from okd.models import device_of, evaluating, head_of, is_dispatched, response_rows
+from okd.models import device_of, evaluating, has_weights, head_of, is_dispatched, response_rows
 from okd.options import option
-from okd_kernels import LinearHead
+from okd.sharding import is_elsewhere
+from okd_kernels import LinearHead, TopK
 
 SELF_TEACHERS = ("average", "student")
 
@@ -52,7 +54,8 @@ class Teacher(Protocol):
 
     learns: bool  # it has a module that trains
     judges: bool  # it knows what it was before the run
-    model: Any  # writes and judges responses: the teacher of the moment
+    model: Any  # writes and judges responses: the teacher of the moment; None where it is not computed
+    cache: Any  # `okd.cache.TeacherCache` of rows that are evaluated; None: there is none
 
     def rows(self, batch: Batch) -> Tensor:
         """(N, D) hidden states of the teacher of the moment that predict the response tokens."""
@@ -66,9 +69,14 @@ class Teacher(Protocol):
     def after_update(self, student: nn.Module) -> None:
         """Called once after each optimizer step."""
 
+    def computing(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The model, where what it computes is to be kept; None where it is not in memory."""
+
 
 class Placed(nn.Module):
     """Models that a trainer moves to its own device, but for those that have a place: `place` says which."""
+
+    cache: Any = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,6 +101,10 @@ class Placed(nn.Module):
     def staying(self) -> list[Any]:
         """The models that no trainer moves."""
         return [model for model in self._models() if is_dispatched(model) or id(model) in self._stay]
+
+    @contextmanager
+    def computing(self, device: torch.device) -> Iterator[Any]:
+        yield self.model
 
     def _models(self) -> list[Any]:
         found: Any = getattr(self, "models", None) or [self.model]
@@ -135,13 +147,67 @@ class Frozen(Placed):
         return nn.Module.train(self, False)
 
 
+class Stored(nn.Module):
+    """A frozen model whose last hidden states, or likeliest tokens, are in a cache: it takes no part in a step.
+
+    Its head alone moves with the student. The model itself is where it was, for what the cache lacks, until `release`.
+    """
+
+    learns, judges, model = False, True, None
+
+    def __init__(self, model: Any, cache: TeacherCache):
+        super().__init__()
+        refuse_injected(model)
+        if has_weights(model) and is_elsewhere(model):
+            raise ValueError(
+                "expected a whole teacher to keep its last hidden states; got one that the processes divide: run okd "
+                "cache before, without them"
+            )
+        self._source = (model.requires_grad_(False),)  # not registered
+        self.lm_head = Head(plain_head(model) if has_weights(model) else cache.held_out.head())
+        self.cache = cache.held_out
+
+    def rows(self, batch: Batch) -> Any:  # (N, D) Tensor, or TopK
+        if "teacher_top_k" in batch:
+            log_probs = batch["teacher_log_probs"]
+            return TopK(batch["teacher_top_k"], log_probs, torch.zeros_like(log_probs[:, 0]))
+        return batch["teacher_states"].to(self.lm_head.weight.dtype)
+
+    def head(self, device: torch.device | None = None) -> LinearHead:
+        return self.lm_head.read(device)
+
+    @contextmanager
+    def as_it_was(self) -> Iterator[Any]:
+        yield self
+
+    @contextmanager
+    def computing(self, device: torch.device) -> Iterator[Any]:
+        (model,) = self._source
+        if model is None or not has_weights(model):
+            yield None
+            return
+        place = device_of(model)
+        moves = not is_dispatched(model) and place != device
+        try:
+            yield model.to(device) if moves else model
+        finally:
+            if moves:
+                model.to(place)
+
+    def release(self) -> None:
+        """The model is wanted no more."""
+        self._source = (None,)
+
+    after_update, train = Frozen.after_update, Frozen.train
+
+
 class Averaged(nn.Module):
     """The exponential average of the student's weights: w <- decay w + (1 - decay) w_student after each step.
 
     A mean teacher (Tarvainen and Valpola 2017, arXiv 1703.01780). Weights that do not train exist once.
     """
 
-    learns, judges = False, False
+    learns, judges, cache = False, False, None
 
     def __init__(self, student: Any, decay: float):
         super().__init__()
@@ -173,7 +239,7 @@ class Itself(nn.Module):
     SDFT, arXiv 2601.19897). Without such prompts it would be the student, at a divergence of 0: that is refused.
     """
 
-    learns, judges = False, False
+    learns, judges, cache = False, False, None
 
     def __init__(self, student: Any):
         super().__init__()
@@ -191,6 +257,15 @@ class Itself(nn.Module):
         return LinearHead.from_model(self.model).detach()
 
     as_it_was, after_update = Averaged.as_it_was, Frozen.after_update
+
+
+def rows_of_judge(judge: Any, batch: Batch) -> Tensor:
+    """(N, D) of what `as_it_was` gives: a model, or stored states."""
+    return judge.rows(batch) if isinstance(judge, Stored) else response_rows(judge, batch, as_teacher=True)
+
+
+def head_of_judge(judge: Any, device: torch.device) -> LinearHead:
+    return judge.head(device) if isinstance(judge, Stored) else head_of(judge, device)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from okd.durable import Durable
 from okd.encoding import Stream, encoded_rows, in_lines
 from okd.ensemble import models_of
 from okd.evaluate import Evaluation
+from okd.filling import Filling
 from okd.hub import Hub
 from okd.meters import LogFile, Logging, Meters, summed
 from okd.models import describe_parameters, tokenizer_of
@@ -35,7 +36,7 @@ from okd_kernels import DistillationLoss
 logger = logging.get_logger(__name__)
 
 
-class OKDTrainer(Logging, Evaluation, Checkpointing, Sharded, Hub, Durable, Trainer):  # type: ignore[misc]
+class OKDTrainer(Logging, Evaluation, Filling, Checkpointing, Sharded, Hub, Durable, Trainer):  # type: ignore[misc]
     """Distil a teacher into a student: online knowledge distillation, or any other `Method`.
 
     `OKDTrainer(student, teacher, OKDConfig(output_dir=...), train_dataset=..., processing_class=tokenizer).train()`
@@ -55,6 +56,8 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Sharded, Hub, Durable, Trai
             this machine. Only compared: both must map the same tokens to the same ids, below `vocab_size`, which is set
             to the ids that both share where their heads are padded differently. With `teacher_tokenizer` it may be
             another one, which reads the same texts for the teacher (`okd.alignment`).
+        teacher_files: a hash of the files that the teacher came from (`okd.loading.files_of`), by which its cache knows
+            it without its weights.
 
     With `student_lora_rank` the student gets its LoRA here, in place, unless it is a PEFT model already.
 
@@ -79,6 +82,7 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Sharded, Hub, Durable, Trai
         processing_class: Any = None,
         text_dataset: Any = None,
         teacher_processing_class: Any = None,
+        teacher_files: str | None = None,
         **kwargs: Any,
     ):
         args = args or OKDConfig()
@@ -100,6 +104,8 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Sharded, Hub, Durable, Trai
         checks.check_packed(args, student, teacher)
         outcomes = None if alignment is None else alignment.outcomes_of(student, teacher)
         given, teacher = teacher, checks.prepare_teacher(teacher, args, student, rows, collator, outcomes)
+        teacher, cache = checks.with_cache(teacher, args, tokenizer, teacher_files)
+        collator = collator if cache is None else cache.collating(collator)
         checks.place(teacher, given, args)
         checks.check_writers(args, student, teacher)
         checks.warn_of_models(student, teacher, args, rows)
@@ -127,7 +133,7 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Sharded, Hub, Durable, Trai
         checks.refuse_elsewhere(self)
         if isinstance(pair.selection, Policy) and pair.selection.reward == "dev":
             pair.selection.held_out = self.held_out_batches()
-        self.alignment = alignment
+        self.alignment, self.cache = alignment, cache
         self.sampler = Sampler(args, pair, tokenizer, rows, texts or (), alignment)
         self.meters, self.log_file = Meters(), LogFile(Path(str(args.output_dir)))
         self._step: list[tuple[list[str], DistillationLoss]] = []  # ids and losses of the micro-batches of a step
@@ -187,7 +193,8 @@ class OKDTrainer(Logging, Evaluation, Checkpointing, Sharded, Hub, Durable, Trai
             side: whole(nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm))
             for side, parameters in self.pair.sides().items()
         }
-        self._teacher_norm = norms["teacher"] if self.args.online else None
+        if self.pair.teacher_objective is not None:  # else that of the last step at which it learned
+            self._teacher_norm = norms["teacher"]
         return norms["student"]
 
     def before_update(self) -> None:

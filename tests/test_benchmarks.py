@@ -374,5 +374,6 @@ def test_a_method_in_turns_is_compared_at_equal_steps_of_the_student(folder, tmp
     for variant, steps in (
         ("okd", 12), ("clda", 24), ("okd:alternating=True", 24), ("clda:alternating=False", 12),
         ("clda:online_start=0.5", 16),  # 8 alone, 8 in turns
+        ("clda:online_start=0.25,online_stop=0.75", 16), ("okd:online_every=4", 12),
     ):  # fmt: skip
         assert methods.steps_of(settings, variant, 12) == steps

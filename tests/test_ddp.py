@@ -14,6 +14,7 @@ STEPS = 3
 NON_REENTRANT, REENTRANT = ({"use_reentrant": reentrant} for reentrant in (False, True))
 CASES = {name: {"method": name} for name in METHODS} | {
     "okd, part of the time": {"method": "okd", "online_start": 0.5},
+    "okd, every other step": {"method": "okd", "online_every": 2},
     "okd, checkpoints": {"method": "okd", "gradient_checkpointing": True},
     "okd, reentrant": {"method": "okd", "gradient_checkpointing": True, "gradient_checkpointing_kwargs": REENTRANT},
     "okd, part of the time, checkpoints": {

@@ -384,6 +384,17 @@ def test_taid_moves_from_a_target_of_its_own_to_the_teacher():
     assert values[1.0] == pytest.approx(whole.student.item(), rel=1e-12)
 
 
+def test_an_online_teacher_is_the_end_point_of_taids_path():
+    """The teacher of the moment, not its base."""
+    inputs, both = batch(), pair("taid", online=True)
+    both.loss.state["t"] = 1.0
+    with torch.no_grad(), both.teacher.as_it_was() as base:
+        log_base = logits(base, inputs).log_softmax(-1)
+    log_q, log_p = (logits(model, inputs).log_softmax(-1) for model in (both.student, both.teacher.model))
+    expected, of_base = kl(log_p, log_q).mean().item(), kl(log_base, log_q).mean().item()
+    assert both(inputs).student.item() == pytest.approx(expected, rel=1e-6) != pytest.approx(of_base, rel=0.01)
+
+
 @pytest.mark.parametrize("rate, max_steps", [(5e-4, 20_000), (0.5, 40), (0.0, 10)])
 def test_taid_runs_ahead_of_its_line_while_the_loss_falls(rate, max_steps, tmp_path):
     """t <- min(1, max(line, t + rate sigmoid(m) (1 - t))), m <- 0.99 m + 0.01 (L' - L) / L'. The first loss is only

@@ -224,6 +224,11 @@ def test_more_takes_more(tmp_path, save):
     assert few < all_layers / 3
     assert parts(planned(tmp_path, source, device="cuda", devices=2))["DDP's buckets"].update > 0
     assert "student recomputation" not in usual.flops
+    seldom = of(online_every=4)
+    assert parts(seldom)["teacher activations"] == parts(usual)["teacher activations"]
+    assert seldom.flops["teacher forward"] == usual.flops["teacher forward"]
+    saved = 0.75 * (usual.flops["teacher backward"] + 2 * 4 * 32 * tiny.VOCAB * 32)  # and dX of its head
+    assert seldom.work == pytest.approx(usual.work - saved)
 
 
 def test_a_teacher_elsewhere_leaves_a_copy_of_its_head(tmp_path, save):

@@ -270,6 +270,64 @@ def test_the_teacher_waits_until_online_start(tmp_path):
     assert sum(graphs) == 3, "no teacher backward is run before"
 
 
+@pytest.mark.parametrize(
+    "options, moved",
+    [
+        ({"online_every": 3}, ["st", "s", "s", "st", "s", "s", "st"]),
+        ({"online_every": 2, "online_start": 0.4}, ["s", "s", "s", "s", "st", "s", "st"]),
+        ({"online_stop": 0.5}, ["st"] * 4 + ["s"] * 3),
+    ],
+)
+def test_the_teacher_moves_at_some_steps_only(options, moved, tmp_path):
+    """At the others it has no graph, and neither AdamW's momentum nor a logged gradient of an earlier step."""
+    run = trainer(tmp_path, method="okd", max_steps=7, warmup_steps=0, lr_scheduler_type="constant", **options)
+    forward, graphs = run.pair.teacher_rows, []
+
+    def teacher_rows(batch):
+        rows = forward(batch)
+        graphs.append(rows.requires_grad)
+        return rows
+
+    run.pair.teacher_rows = teacher_rows
+    recorder = Recorder(run.pair)
+    run.add_callback(recorder)
+    run.train()
+    assert recorder.moved() == moved
+    assert sum(graphs) == moved.count("st")
+    entries = [e for e in run.state.log_history if "student_loss" in e]
+    assert ["teacher_loss" in e for e in entries] == ["teacher_grad_norm" in e for e in entries]
+    assert [e.get("teacher_grad_norm", 0) > 0 for e in entries] == [sides == "st" for sides in moved]
+
+
+def test_a_step_without_learning_is_that_of_a_frozen_teacher(tmp_path):
+    """The module's own gradient is that of its step alone: it has learned once when step 1 meets a frozen copy."""
+    run = trainer(tmp_path, method="okd", online_every=2, max_steps=1, warmup_steps=0)
+    run.train()
+    frozen = trainer(tmp_path, copy.deepcopy(run.teacher).merge_and_unload(), method="forward_kd")
+    frozen.pair.student.load_state_dict(run.pair.student.state_dict())
+    batch = Collator(tiny.EOS)(rows(4))
+    losses = []
+    for one in (run, frozen):
+        one.pair.zero_grad()
+        one.pair.at(1, 4)
+        loss = one.pair(batch)
+        loss.total.backward()
+        losses.append(loss)
+    assert losses[0].teacher is None and losses[0].student.item() == pytest.approx(losses[1].student.item(), rel=1e-5)
+    truth = dict(frozen.pair.student.named_parameters())
+    for name, parameter in run.pair.student.named_parameters():
+        torch.testing.assert_close(parameter.grad, truth[name].grad, rtol=1e-4, atol=1e-6)
+    assert all(p.grad is None for p in run.pair.teacher.parameters())
+
+
+def test_the_gradient_norm_that_is_logged_is_of_the_last_step_at_which_the_teacher_learned(tmp_path):
+    """Entries of two steps each, the second of which it sits out."""
+    run = trainer(tmp_path, method="okd", online_every=2, max_steps=4, logging_steps=2, logging_first_step=False)
+    run.train()
+    norms = [e["teacher_grad_norm"] for e in run.state.log_history if "student_loss" in e]
+    assert len(norms) == 2 and all(norm > 0 for norm in norms)
+
+
 def test_a_loss_of_some_steps_is_averaged_over_those(tmp_path):
     """Entries of two steps each, of which the teacher learns at one."""
     single, double = (
@@ -281,8 +339,10 @@ def test_a_loss_of_some_steps_is_averaged_over_those(tmp_path):
     assert teacher[0] == pytest.approx(teacher[1], rel=1e-6) and len(teacher[0]) == 2
 
 
-def test_online_start_resumes(tmp_path):
-    options = {"method": "okd", "online_start": 0.5, "max_steps": 6}
+@pytest.mark.parametrize("when", [{"online_start": 0.5}, {"online_every": 3}, {"online_stop": 0.5}])
+def test_online_start_resumes(when, tmp_path):
+    """And the other options that say when the teacher learns: as if nothing had stopped the run."""
+    options = {"method": "okd", **when, "max_steps": 6}
     whole = trainer(tmp_path / "whole", **options)
     whole.train()
     trainer(tmp_path / "parts", **options, save_strategy="steps", save_steps=2).train()
@@ -498,6 +558,12 @@ def test_a_resumed_run_does_not_choose_the_weights_again(folder, tmp_path, monke
     "options, message",
     [
         ({"online_start": 1.5}, "online_start to be at least 0 and at most 1; got 1.5"),
+        ({"online_stop": -0.5}, "online_stop to be at least 0 and at most 1; got -0.5"),
+        ({"online_every": 0}, "online_every to be at least 1, and finite; got 0"),
+        ({"alternating": True, "online_every": 2}, r"alternating or online_every; got okd with both \(.*=2\): choose"),
+        ({"method": "clda", "online_every": 2}, "expected alternating or online_every; got clda with both"),
+        ({"method": "forward_kd", "online_every": 2}, "options that method forward_kd reads; got online_every=2"),
+        ({"online_start": 0.5, "online_stop": 0.5}, r"online_stop after online_start=0\.5; got 0\.5, with which"),
         ({"selection_warmup": -1.0}, "selection_warmup to be at least 0 and at most 1; got -1.0"),
         ({"clda_share": 0.0}, "clda_share to be above 0 and at most 1; got 0.0"),
         ({"method": "forward_kd", "alternating": True}, "options that method forward_kd reads; got alternating=True"),

@@ -768,6 +768,8 @@ def test_only_the_process_that_should_save_writes(tmp_path, monkeypatch):
         ({"method": "rl_multi_teacher"}, 2, "with method rl_multi_teacher, whose policy ascends by itself"),
         ({"alternating": True}, 0, "to learn at every step under DeepSpeed, .*; got alternating"),
         ({"online_start": 0.5}, 0, "to learn at every step under DeepSpeed, .*; got online_start"),
+        ({"online_stop": 0.5}, 0, "to learn at every step under DeepSpeed, .*; got online_stop"),
+        ({"online_every": 2}, 0, "to learn at every step under DeepSpeed, .*; got online_every"),
     ],
 )
 def test_refuses_of_divided_models(tmp_path, monkeypatch, options, version, message):

@@ -1,0 +1,206 @@
+"""What a teacher's cache lacks is computed: sorted by length, each process a share of it, and written as it comes.
+
+A process that is killed loses the last minutes alone (`okd.shards`); the next one goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+from transformers.utils import logging
+
+from okd.answers import batches
+from okd.cache import DTYPES, TeacherCache, as_read, plain_head
+from okd.data import Batch, Collator, Packed, Row, on_device
+from okd.layers import states_entering
+from okd.models import device_of, evaluating, hidden_states, relative_error, response_rows
+from okd.sharding import most, ranks
+from okd_kernels import linear_topk
+
+CHECKED = 4  # rows by which stored states are held against the whole model's
+DIFFERENCE = {torch.float32: 1e-3}  # relative, that they may make; 0.03 in 16 bit
+logger = logging.get_logger(__name__)
+
+
+def fill(
+    cache: TeacherCache,
+    teacher: Any,  # of `okd.teachers`
+    rows: Sequence[Row],
+    options: Any,
+    pad_token_id: int,
+    inside: Callable[[Callable[[], Any]], Any],
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    """Compute and keep what the cache lacks of these rows; all processes call it.
+
+    inside: runs what reads divided weights (`Sharded.inside`). Size and time are logged before anything is written.
+
+    Raises ValueError where the teacher that computes them is not in memory, or a part of it does not give what the whole
+    does; OSError where the disk has no room.
+    """
+    missing = cache.missing(rows)
+    with teacher.computing(options.device) as model:
+        if missing and model is None:
+            raise ValueError(
+                f"{cache.directory}: expected all rows; {len(missing):,} are missing, such as {missing[0]['id']}, and "
+                "the teacher that computes them is not in memory: run okd cache, or pass the teacher with its weights"
+            )
+        if missing:
+            _check_room(cache, missing)
+            inside(lambda: _compute(cache, model, missing, options, pad_token_id, autocast))
+            if ranks() > 1:
+                dist.barrier()
+                cache.shards.refresh()
+        elif model is not None:
+            first = [as_read(row) for row in rows[:CHECKED]]
+            inside(lambda: _check(cache, model, first, pad_token_id, autocast))
+
+
+def _check_room(cache: TeacherCache, missing: Sequence[Row]) -> None:
+    directory, size = cache.directory.absolute(), cache.tokens_of(missing) * cache.manifest.bytes_a_token
+    free = shutil.disk_usage(next(p for p in (directory, *directory.parents) if p.exists())).free
+    if size > free:
+        raise OSError(
+            f"{cache.directory}: expected {size / 2**30:.2f} GiB of room, {cache.manifest.bytes_a_token:,} bytes a "
+            f"token; got {free / 2**30:.2f}: pass another --teacher-cache, --teacher-cache-dtype bfloat16, or, with a "
+            "frozen teacher, --teacher-cache-top-k 64"
+        )
+
+
+def _compute(
+    cache: TeacherCache,
+    model: Any,
+    missing: Sequence[Row],
+    options: Any,
+    pad_token_id: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    rank = dist.get_rank() if ranks() > 1 else 0
+    size, own, collate = options.per_device_eval_batch_size, missing[rank :: ranks()], Collator(pad_token_id)
+    parts = list(batches(own, lambda row: len(row["input_ids"]), size, "", False))
+    n = most(len(parts)) if ranks() > 1 else len(parts)  # divided weights want all to compute as long as one does
+    started = time.perf_counter()
+    silent = options.disable_tqdm or rank > 0
+    for i in tqdm(range(n), "teacher cache", leave=False, disable=silent):
+        part = parts[i] if i < len(parts) else list(missing[:1])
+        with evaluating(model), autocast(), _or_refuse(cache, model):
+            entries = _entries(cache, model, on_device(collate(part), device_of(model)))
+        for row, entry in zip(part, entries, strict=True):
+            cache.shards.put(cache.key(row), entry)
+        if i == 0:
+            seconds = time.perf_counter() - started
+            _check(cache, model, part[:CHECKED], pad_token_id, autocast)
+            if rank == 0:
+                _announce(cache, missing, seconds / sum(len(row["input_ids"]) for row in part) / ranks())
+                cache.write_manifest()
+                if cache.manifest.is_last and cache.manifest.top_k is None:
+                    cache.write_head(plain_head(model))
+    cache.shards.flush()
+
+
+def _announce(cache: TeacherCache, missing: Sequence[Row], seconds_a_token: float) -> None:
+    manifest, kept = cache.manifest, cache.tokens_of(missing)
+    what = "response tokens" if manifest.is_last else "tokens"
+    seconds = seconds_a_token * sum(len(row["input_ids"]) for row in missing)
+    logger.warning(
+        f"{cache.directory}: {len(missing):,} rows, {kept:,} {what} of {manifest.bytes_a_token:,} bytes: "
+        f"{kept * manifest.bytes_a_token / 2**20:,.1f} MiB, about {seconds:,.0f} s"
+    )
+
+
+def _entries(cache: TeacherCache, model: Any, batch: Batch) -> list[dict[str, Tensor]]:
+    """Of each row, on the CPU."""
+    manifest, dtype = cache.manifest, DTYPES[cache.manifest.dtype]
+    if not manifest.is_last:
+        run = partial(states_entering, layer=manifest.layer)
+        states = hidden_states(model, batch["input_ids"], batch["attention_mask"], run).to(dtype).cpu()
+        return [{"states": x[:n]} for x, (_, _, n) in zip(states, batch["spans"], strict=True)]
+    rows = response_rows(model, batch)
+    if manifest.top_k is None:
+        return [{"states": x} for x in rows.to(dtype).cpu().split(batch["counts"])]
+    head = plain_head(model).to(rows.device)
+    found = linear_topk(
+        rows, head, manifest.top_k, vocab_size=manifest.vocab_size, temperature=manifest.temperature
+    )
+    parts = (x.cpu().split(batch["counts"]) for x in (found.ids.int(), found.log_probs.float()))
+    return [{"ids": ids, "log_probs": log_probs} for ids, log_probs in zip(*parts, strict=True)]
+
+
+def _check(
+    cache: TeacherCache,
+    model: Any,
+    rows: Sequence[Row],
+    pad_token_id: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    """Raise ValueError unless what is kept gives the last hidden states that the whole model gives."""
+    manifest = cache.manifest
+    if manifest.top_k is not None:
+        return
+    batch = on_device(cache.collating(Collator(pad_token_id))(rows), device_of(model))
+    with evaluating(model), autocast(), _or_refuse(cache, model):
+        expected = response_rows(model, batch)
+        found = batch["teacher_states"] if manifest.is_last else response_rows(model, batch, as_teacher=True)
+        difference = relative_error(found.float(), expected.float())
+        if not difference <= DIFFERENCE.get(DTYPES[manifest.dtype], 0.03):
+            raise RuntimeError(f"they differ by {100 * difference:.2g} %")
+
+
+@contextmanager
+def _or_refuse(cache: TeacherCache, model: Any) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, RuntimeError, AttributeError, LookupError) as error:
+        raise ValueError(
+            f"expected a teacher whose upper layers go on from states that enter layer {cache.manifest.layer}, and "
+            f"these in {cache.directory}; got {type(model).__name__}, whose last hidden states are others than those "
+            f"of the whole model ({type(error).__name__}: {error}): leave teacher_cache out, or remove that directory"
+        ) from error
+
+
+class Filling:
+    """A trainer's part in it."""
+
+    accelerator: Any
+    args: Any
+    cache: TeacherCache | None
+    eval_dataset: Any
+    inside: Any
+    pair: Any
+    tokenizer: Any
+    train_dataset: Any
+
+    def fill_cache(self) -> None:
+        """With all rows of the run; what has none of them is of other data from then on."""
+        if self.cache is None:
+            return
+        train = self.train_dataset.rows if isinstance(self.train_dataset, Packed) else self.train_dataset or ()
+        self.cache.check_data(train)
+        self._fill(self.cache, train)
+        sets = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset or ()]
+        for rows in sets:
+            self.fill_held_out(rows)
+        if self.args.process_index == 0:
+            for cache in {id(c): c for c in (self.cache, self.cache.held_out)}.values():
+                cache.write_manifest(is_complete=True)
+
+    def fill_held_out(self, rows: Sequence[Row]) -> None:
+        """Before these rows are evaluated."""
+        if self.cache is not None and len(rows):
+            self._fill(self.cache.held_out, rows)
+
+    def _fill(self, cache: TeacherCache, rows: Sequence[Row]) -> None:
+        fill(
+            *(cache, self.pair.teacher, rows, self.args, self.tokenizer.pad_token_id),
+            inside=self.inside,
+            autocast=self.accelerator.autocast,
+        )
