@@ -5,7 +5,7 @@ that learns is a constant of each example. Where nothing learns, the boundary is
 response tokens, from which any divergence at any temperature is exact, with the teacher's head and without its body; or
 the probabilities of its k likeliest tokens, of less disk and a lower bound of the divergence.
 
-A directory holds a manifest, `okd.shards.Shards`, and for a boundary at the top the head. Rows are found by their
+A directory holds a manifest, `okd.store.Store`, and for a boundary at the top the head. Rows are found by their
 tokens, so that none is taken for another.
 
 Shapes: B rows on lines of T tokens, N of which come before a response token; D the hidden size.
@@ -32,8 +32,8 @@ from okd.durable import write_whole
 from okd.layers import first_trainable_layer
 from okd.models import fingerprint, has_weights
 from okd.options import option
-from okd.shards import KEY_BYTES, Shards
 from okd.sharding import of_first
+from okd.store import KEY_BYTES, Store
 from okd_kernels import LinearHead
 
 MANIFEST, STATES, HEAD, HELD_OUT = "cache.json", "states", "head.safetensors", "held-out"
@@ -214,7 +214,7 @@ class TeacherCache:
     """
 
     def __init__(self, directory: Path, manifest: Manifest):
-        self.directory, self.manifest, self.shards = directory, manifest, Shards(directory / STATES)
+        self.directory, self.manifest, self.store = directory, manifest, Store(directory / STATES)
         self.held_out: TeacherCache = self
         if manifest.top_k is not None:
             self.held_out = TeacherCache(directory / HELD_OUT, replace(manifest, top_k=None, temperature=1.0))
@@ -246,12 +246,12 @@ class TeacherCache:
 
     def missing(self, rows: Iterable[Row]) -> list[Row]:
         """As the teacher reads them, each once."""
-        return list({key: as_read(row) for row in rows if (key := self.key(row)) not in self.shards}.values())
+        return list({key: as_read(row) for row in rows if (key := self.key(row)) not in self.store}.values())
 
     def check_data(self, rows: Sequence[Row]) -> None:
         """Raise ValueError where none of the rows is in a cache that was complete."""
         keys = {self.key(row) for row in rows} if self.manifest.is_complete else set()
-        if keys and not any(key in self.shards for key in keys):
+        if keys and not any(key in self.store for key in keys):
             raise ValueError(
                 f"{self.directory}: expected the data that it was made of; got {len(keys):,} rows, none of which is in "
                 "it: pass another --teacher-cache, or the data and options that it was made with"
@@ -270,7 +270,7 @@ class TeacherCache:
     def entry(self, row: Row) -> dict[str, Tensor]:
         """Raises ValueError for a row that is not in it."""
         try:
-            return self.shards.get(self.key(row))
+            return self.store.get(self.key(row))
         except KeyError:
             raise ValueError(
                 f"{self.directory}: expected the teacher's states of row {row['id']}; got none: rows are not to change "

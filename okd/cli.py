@@ -1,4 +1,4 @@
-"""The command line: okd demo | train | plan | evaluate | generate | env."""
+"""The command line: okd demo | train | plan | cache | evaluate | generate | env."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=help, description=help, add_help=name != "train")
         add_arguments(command)
     options, rest = parser.parse_known_args(argv)
-    if rest and options.command not in ("train", "plan"):
+    if rest and options.command not in ("train", "plan", "cache"):
         commands.choices[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader forks
     try:
@@ -246,6 +246,24 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
         print(f"* to make it fit: {found.advice(available)}")
 
 
+# --- cache ---
+
+
+def _cache_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "okd cache METHOD --teacher MODEL --student MODEL --train-data DATA --teacher-cache DIR [options]"
+    parser.epilog = (
+        "Every option of okd train is taken too, and okd train with the same ones begins at once. One that was killed "
+        "goes on with what is missing; processes of torchrun share the rows."
+    )
+
+
+def _cache(_: argparse.Namespace, rest: list[str]) -> None:
+    config, args = parse_train(rest)
+    from okd.run import cache_teacher
+
+    cache_teacher(config, args)
+
+
 # --- evaluate, generate, env ---
 
 
@@ -434,6 +452,7 @@ COMMANDS = {
     "demo": (_demo_arguments, _demo, "distil SmolLM2-135M-Instruct into a smaller student on this machine, in minutes"),
     "train": (_no_arguments, _train, "distil any teacher into any student"),
     "plan": (_plan_arguments, _plan, "print the memory and the work of a training, before anything is loaded"),
+    "cache": (_cache_arguments, _cache, "compute the teacher's states of all examples once, for --teacher-cache"),
     "evaluate": (_evaluate_arguments, _evaluate, "measure a student against a teacher on held-out examples"),
     "generate": (_generate_arguments, _generate, "answer prompts greedily"),
     "env": (_no_arguments, _env, "print versions, devices, and which backend will run"),

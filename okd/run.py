@@ -43,13 +43,14 @@ from okd.encoding import Encoded, Encoder, encoder_options
 from okd.ensemble import models_of
 from okd.evaluate import evaluate
 from okd.hub import create_repository
-from okd.loading import ModelOptions, load_models, teacher_sources
+from okd.loading import ModelOptions, files_of, load_models, load_teacher, stored_states, teacher_sources
 from okd.models import is_dispatched
 from okd.options import check, option
 from okd.plan import available_memory, check_fits, plan
 from okd.report import format_samples, format_table, plot_curves
 from okd.sharding import is_elsewhere
 from okd.sources import DataOptions, encode_all, open_all
+from okd.teachers import Stored
 from okd.trackers import check_trackers, send
 from okd.trainer import OKDTrainer
 
@@ -81,7 +82,7 @@ FREE_TO_CHANGE = {
     "torch_empty_cache_steps", "report_to", "run_name", "project", "disable_tqdm", "log_level", "logging_dir",
     "logging_first_step", "ddp_backend", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_prefetch_factor", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision",
-    "teacher_device",
+    "teacher_device", "teacher_cache",
     "student_save", "save_dtype",
 }  # fmt: skip
 
@@ -121,22 +122,41 @@ def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] |
         return _run(config, args, sources, opened, checkpoint, started)
 
 
-def _run(
-    config: RunConfig, args: OKDConfig, sources: Any, opened: Any, checkpoint: str | None, started: float
-) -> dict[str, Any]:
-    output_dir, method = Path(str(args.output_dir)), args.resolved
-    check_fits(plan(config, args), available_memory(args.device))
+def cache_teacher(config: RunConfig, args: OKDConfig) -> None:
+    """Compute what the run with these options would find missing in its teacher's cache, and nothing else.
+
+    Raises ValueError, FileNotFoundError, OSError saying what to do.
+    """
+    if args.teacher_cache is None:
+        raise ValueError("expected a directory for the teacher's states; got none: pass --teacher-cache")
+    sources, opened = teacher_sources(config, args), open_all(config)
     transformers.set_seed(args.seed)
-    student, teacher, tokenizer, teacher_tokenizers = load_models(config, args, sources)
+    trainer, *_ = _prepare(config, args, sources, opened, None)
+    if trainer.is_sharded:
+        raise ValueError(
+            "expected a whole teacher on each process, which share the rows; got one that they divide: leave --shard "
+            "out, or let okd train fill the cache"
+        )
+    trainer.fill_cache()
+    if args.process_index == 0:
+        print(f"{args.teacher_cache} is complete: pass the same options to okd train.")
+
+
+def _prepare(
+    config: RunConfig, args: OKDConfig, sources: Any, opened: Any, checkpoint: str | None
+) -> tuple[OKDTrainer, Any, dict[str, str | None], str]:
+    """The trainer, its teacher as it was loaded, the held-out prompts by id, and the text of config.yaml."""
+    method, files = args.resolved, files_of(config, args, sources)
+    stored = stored_states(config, args, files)
+    student, teacher, tokenizer, teacher_tokenizers = load_models(config, args, sources, stored is not None)
     args = with_vocab_size(args, student, teacher, tokenizer, teacher_tokenizers)
     chosen = args.online and method.online_module == "non_salient" and not hasattr(teacher, "peft_config")
     if checkpoint and chosen:  # once, not again
         teacher = PeftModel.from_pretrained(teacher, str(Path(checkpoint) / ADAPTER), is_trainable=True)
-
     # Before the trainer, whose accelerator would miss what this sets up anew.
     written_config = yaml.safe_dump(exact_config(config, args), sort_keys=False)
     if config.resume:
-        _check_same_run(output_dir / "config.yaml", written_config)
+        _check_same_run(Path(str(args.output_dir)) / "config.yaml", written_config)
     alignment = alignment_of(args, tokenizer, teacher_tokenizers, student, teacher)
     ends = end_tokens(tokenizer, student, *models_of(teacher)) if alignment is None else alignment.ends
     encoder = Encoder(tokenizer, ends=ends, columns=config.columns, alignment=alignment, **encoder_options(args))
@@ -145,6 +165,8 @@ def _run(
         print("\n".join(f"{use}: {part.summary()}" for use, part in data.items() if isinstance(part, Encoded)))
     held_out: Any = data["held-out"].rows[: config.eval_examples]
     prompts = dict(zip(*(column(data["held-out"].rows, name) for name in ("id", "prompt")), strict=True))
+    if stored is not None and (stored.missing(data["train"].rows) or stored.held_out.missing(held_out)):
+        teacher = load_teacher(config, args, sources)
     trainer = OKDTrainer(
         student,
         teacher,
@@ -153,11 +175,27 @@ def _run(
         eval_dataset=Encoded(held_out),
         processing_class=tokenizer,
         teacher_processing_class=teacher_tokenizers,
+        teacher_files=files,
         text_dataset=data["text"],
     )
+    return trainer, teacher, prompts, written_config
+
+
+def _run(
+    config: RunConfig, args: OKDConfig, sources: Any, opened: Any, checkpoint: str | None, started: float
+) -> dict[str, Any]:
+    output_dir, method = Path(str(args.output_dir)), args.resolved
+    check_fits(plan(config, args), available_memory(args.device))
+    transformers.set_seed(args.seed)
+    trainer, teacher, prompts, written_config = _prepare(config, args, sources, opened, checkpoint)
+    args = trainer.args
 
     def begin() -> None:
         """With the models where they will train, and before anything of the training."""
+        nonlocal teacher
+        trainer.fill_cache()
+        if isinstance(trainer.pair.teacher, Stored):
+            teacher = trainer.pair.teacher.release()
         before = None if checkpoint else _measured(trainer, teacher, config, prompts)
         trainer.accelerator.wait_for_everyone()  # all have looked at output_dir
         if args.process_index == 0:

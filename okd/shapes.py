@@ -110,6 +110,7 @@ class Layer(NamedTuple):
     input: int
     saved: int  # what autograd saves inside; 0 without a graph
     flops: float  # of its forward pass
+    attention: float  # of these, T^2 products
     weights: int
     trainable: int  # those of them that want a gradient
 
@@ -149,13 +150,14 @@ def trace(model: Any, batch: int, length: int, autocast: torch.dtype | None = No
         return sum(storage.nbytes() for storage in storages.values())
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.append((args[0] if args else kwargs["hidden_states"], saved(), meter.forward))
+        entered.append((args[0] if args else kwargs["hidden_states"], saved(), meter.forward, meter.attention))
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        x, before, flops = entered.pop()
-        layers.append(Layer(n_bytes([x]), saved() - before, meter.forward - flops, *weight_sizes(module)))
+        x, before, flops, attention = entered.pop()
+        spent = meter.forward - flops, meter.attention - attention
+        layers.append(Layer(n_bytes([x]), saved() - before, *spent, *weight_sizes(module)))
 
-    entered: list[tuple[Tensor, int, float]] = []
+    entered: list[tuple[Tensor, int, float, float]] = []
     handles: list[Any] = []
     for module in (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)):
         handles += module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)

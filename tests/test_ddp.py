@@ -35,6 +35,8 @@ CASES = {name: {"method": name} for name in METHODS} | {
     "distillm2, curricula": {"method": "distillm2", "skew_curriculum": True, "lowering_start": 0.5},
     "rl_multi_teacher, dev": {"method": "rl_multi_teacher", "selection_reward": "dev", "selection_warmup": 0.0},
     "okd, student with a LoRA": {"method": "okd", "student_lora_rank": 4},
+    "okd, cached": {"method": "okd", "online_layers": 0.4},
+    "forward_kd, cached": {"method": "forward_kd"},
     "okd, packed": {"method": "okd", "packing": True, "max_length": 24},
     "gkd, packed": {"method": "gkd", "packing": True, "max_length": 24, "student_share": 1.0},
     "okd, streamed": {"method": "okd"},
@@ -57,6 +59,8 @@ def trainer(case, folder, **options):
     chosen = {"selection_warmup": 0.0} if method.name == "rl_multi_teacher" else {}
     if method.responses.__name__ != "dataset":
         chosen["max_new_tokens"] = 6
+    if case.endswith("cached"):
+        chosen["teacher_cache"] = f"{folder}/cache"  # one for all ranks
     args = OKDConfig(
         **{
             "output_dir": str(folder),

@@ -203,7 +203,8 @@ def test_a_damaged_shard_is_named(runs, monkeypatch):
 
 CHOSEN = [  # of the presets, and of what else test_ddp.py trains, those that run other layers, or in another order
     "okd", "mixkd", "minillm", "distillm2", "seqkd", "gkd", "skd", "clda", "gated_ensemble", "routed",
-    "okd, part of the time", "okd, checkpoints", "forward_kd, averaged", "gkd, packed",
+    "okd, part of the time", "okd, checkpoints", "forward_kd, averaged", "gkd, packed", "okd, cached",
+    "forward_kd, cached",
 ]  # fmt: skip
 
 

@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-SHARD_BYTES, SHARD_SECONDS = 256 << 20, 300.0  # what is not written yet is at most so much, and so old
+UNWRITTEN_BYTES, UNWRITTEN_SECONDS = 256 << 20, 300.0  # what is not written yet is at most so much, and so old
 KEY_BYTES = 16
 KEYS, STARTS = "keys", "starts"  # (n, KEY_BYTES) uint8; (n + 1,) int64
 
 
-class Shards:
+class Store:
     """Entries {name: (length, ...)} by key, of one length each, in the files of a directory."""
 
     def __init__(self, directory: Path):
@@ -60,7 +60,7 @@ class Shards:
     def put(self, key: bytes, entry: dict[str, Tensor]) -> None:
         self._new[key] = {name: x.detach().cpu().clone() for name, x in entry.items()}
         self._n_bytes += sum(x.numel() * x.element_size() for x in entry.values())
-        if self._n_bytes >= SHARD_BYTES or time.monotonic() - self._since >= SHARD_SECONDS:
+        if self._n_bytes >= UNWRITTEN_BYTES or time.monotonic() - self._since >= UNWRITTEN_SECONDS:
             self.flush()
 
     def flush(self) -> None:
