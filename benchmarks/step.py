@@ -6,6 +6,9 @@ for the loss that trainers write, on the same response rows. Every round runs ea
 the list and back by turns; its first steps are discarded. Rows are random tokens, half prompt and half response, and no
 response ends early, so that all candidates train on equally many tokens.
 
+With `--epochs`, the steps go over one set of rows so many times. A candidate with `teacher_cache=new` fills a cache of
+its own before its first step, whose time has that in it; the sum over all epochs says what it comes to.
+
 Of a step, "loss" is from hidden states to their gradients: the call of `distil`, and in the backward pass the time from
 the gradient of the loss until the first model goes backward. "Generating" is all before the first forward pass. Memory:
 peak resident set on a CPU, the allocator's peak on a GPU, over all steps, weights included.
@@ -43,7 +46,7 @@ from okd.models import SMOLLM2, load_model
 from okd_kernels import DistillationLoss, LinearHead
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 8192, "bos_token_id": None}
-CONFIGS = {  # of models with random weights; the last two have the shapes of Llama 3
+CONFIGS = {  # of models with random weights; 1b and 8b have the shapes of Llama 3
     "llama-tiny": LLAMA
     | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
     | {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -53,11 +56,26 @@ CONFIGS = {  # of models with random weights; the last two have the shapes of Ll
     "llama-8b": LLAMA
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
+    # as the last two are to one another, on a CPU: 7 times the weights below the head, and the heads' share of them
+    "llama-14m": LLAMA
+    | {"vocab_size": 10240, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
+    | {"num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "llama-98m": LLAMA
+    | {"vocab_size": 10240, "hidden_size": 768, "intermediate_size": 2688, "num_hidden_layers": 12}
+    | {"num_attention_heads": 12, "num_key_value_heads": 3, "tie_word_embeddings": False},
 }
 DEFAULT_METHODS = ("forward_kd", "okd", "okd:online_layers=0.333", "gkd:student_share=1.0")
 EAGER = ("forward_kd", "okd")  # run with whole logits too
 KNOWN = {**METHODS, **VARIANTS}
-RATIOS = (("okd", "forward_kd"), ("okd:online_layers=0.333", "forward_kd"), ("gkd:student_share=1.0", "okd"))
+CACHED = "forward_kd:teacher_cache=new", "okd:online_layers=0.333,teacher_cache=new"
+RATIOS = (
+    ("okd", "forward_kd"),
+    ("okd:online_layers=0.333", "forward_kd"),
+    ("gkd:student_share=1.0", "okd"),
+    (CACHED[0], "forward_kd"),
+    (CACHED[1], "forward_kd"),
+    (CACHED[1], "okd"),
+)
 
 
 def parse_variant(text: str) -> tuple[MethodLike, dict[str, Any]]:
@@ -229,7 +247,8 @@ def rows(count: int, length: int, vocab_size: int) -> list[dict[str, Any]]:
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Train a few steps in this process; what was measured of each of them, the warm-up left out."""
-    device, length, count = job["device"], job["length"], job["warmup"] + job["steps"]
+    device, length, epochs = job["device"], job["length"], job.get("epochs")
+    count, warmup = (epochs * job["steps"], job["steps"]) if epochs else (job["warmup"] + job["steps"], job["warmup"])
     student, teacher = (
         model(job[side], job["dtype"], device, seed) for seed, side in enumerate(("student", "teacher"))
     )
@@ -240,6 +259,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     # one word, its padding: rows are tokens already
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>")
     with tempfile.TemporaryDirectory() as folder:
+        if "teacher_cache" in options:
+            options["teacher_cache"] = f"{folder}/cache"
         args = OKDConfig(
             output_dir=folder,
             method=method,
@@ -254,22 +275,25 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             use_cpu=device == "cpu",
             **options,
         )
-        data = rows(
-            count * job["batch_size"], length, min(len(LinearHead.from_model(m).weight) for m in (student, teacher))
-        )
+        vocab_size = min(len(LinearHead.from_model(m).weight) for m in (student, teacher))
+        data = rows(count // (epochs or 1) * job["batch_size"], length, vocab_size)
         clock = Clock(device)
         trainer = OKDTrainer(student, teacher, args, data, processing_class=tokenizer, callbacks=[clock])
         loss = LossClock(trainer.pair.distil if job["loss"] == "ours" else eager_distil(trainer.pair), device)
         trainer.pair.distil = loss
         reset_peak(device)
         trainer.train()
+        kept = sum(file.stat().st_size for file in Path(folder).glob("cache/**/*.safetensors"))
     if len(loss.tokens) != count:
         raise ValueError(
             f"expected a method that calls distil once a step, as forward_kd does; got {len(loss.tokens)} calls in "
             f"{count} steps of {job['variant']}: time it with benchmarks.methods"
         )
-    measured = slice(job["warmup"], None)
+    measured = slice(warmup, None)
+    starts = range(0, count, job["steps"]) if epochs else ()
     return {
+        "epochs_s": [sum(clock.steps[i : i + job["steps"]]) for i in starts],
+        "cache_bytes": kept,
         "step_s": clock.steps[measured],
         "before_s": clock.before[measured],
         "loss_s": loss.seconds()[measured],
@@ -296,7 +320,9 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     step, before, loss, tokens = (
         [x for result in results for x in result[name]] for name in ("step_s", "before_s", "loss_s", "tokens")
     )
+    epochs = [sum(result["epochs_s"]) for result in results if result["epochs_s"]]
     return {
+        "epochs_s": statistics.median(epochs) if epochs else None,
         "median_s": statistics.median(step),
         "min_s": min(step),
         "tokens": statistics.fmean(tokens),
@@ -309,12 +335,16 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(found: dict[tuple[str, str], dict[str, Any]]) -> None:
-    print(f"\n{'':<28}{'':<7}{'ms/step':>9}{'min':>9}{'tokens/s':>10}{'loss':>7}{'generating':>12}{'peak MiB':>10}")
+    print(f"\n{'':<44}{'':<7}{'ms/step':>9}{'min':>9}{'tokens/s':>10}{'loss':>7}{'generating':>12}{'peak MiB':>10}")
     for (variant, loss), x in found.items():
         print(
-            f"{variant:<28}{loss:<7}{1e3 * x['median_s']:>9.1f}{1e3 * x['min_s']:>9.1f}{x['tokens_per_second']:>10.1f}"
+            f"{variant:<44}{loss:<7}{1e3 * x['median_s']:>9.1f}{1e3 * x['min_s']:>9.1f}{x['tokens_per_second']:>10.1f}"
             f"{x['loss_share']:>7.1%}{x['generating_share']:>12.1%}{x['peak_bytes'] / 2**20:>10.0f}"
         )
+    for (variant, loss), x in found.items():
+        if x["epochs_s"] is not None:
+            kept = statistics.fmean(result["cache_bytes"] for result in x["rounds"]) / 2**20
+            print(f"{variant:<44}{loss:<7}all epochs {x['epochs_s']:.1f} s, kept {kept:.1f} MiB")
     pairs = [((a, "ours"), (b, "ours")) for a, b in RATIOS] + [((name, "eager"), (name, "ours")) for name in EAGER]
     for a, b in pairs:
         if a in found and b in found:
@@ -354,6 +384,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=4)
     add("--length", type=int, help="tokens of a row; default: 256, or 1024 on a GPU")
     add("--steps", type=int, help="measured steps of a process; default: 3, or 8 on a GPU")
+    add("--epochs", type=int, help="passes over the rows of --steps steps, in place of a warm-up")
     add("--warmup", type=int, help="steps before them; default: 1, or 3 on a GPU")
     add("--rounds", type=int, default=2, help="processes of each candidate")
     add("--dtype", choices=DTYPES, help="default: fp32, or bf16 on a GPU")
@@ -400,7 +431,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{about['device']}, {about['threads']} threads, commit {about['commit']}, {about['versions']}")
     with tempfile.TemporaryDirectory() as folder:
         student, teacher = save_models(args, Path(folder))
-        shape = {name: getattr(args, name) for name in ("device", "dtype", "batch_size", "length", "steps", "warmup")}
+        sizes = ("device", "dtype", "batch_size", "length", "steps", "warmup", "epochs")
+        shape = {name: getattr(args, name) for name in sizes}
         for i in range(args.rounds):
             for variant, loss in candidates[:: 1 if i % 2 == 0 else -1]:
                 job = {**shape, "student": student, "teacher": teacher, "variant": variant, "loss": loss}

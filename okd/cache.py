@@ -153,7 +153,8 @@ class Manifest:
             top_k=top_k,
             temperature=1.0 if top_k is None else options.temperature,
             vocab_size=None if top_k is None else options.vocab_size,
-            **({} if head is None else {"logit_scale": head.logit_scale, "softcap": head.softcap}),
+            logit_scale=1.0 if head is None else head.logit_scale,
+            softcap=None if head is None else head.softcap,
         )
 
 
@@ -334,16 +335,15 @@ def plain_head(model: Any) -> LinearHead:
     return replace(head, weight=(head.weight + scaling * up @ down).to(head.weight.dtype), lora=None)
 
 
-class Head(nn.Linear):
+class Head(nn.Module):
     """A teacher's head as a module, which moves and is gathered as others are."""
 
     def __init__(self, head: LinearHead):
-        nn.Module.__init__(self)
+        super().__init__()
+        self.head = replace(head, weight=head.weight[:0], bias=None if head.bias is None else head.bias[:0])
         self.weight = nn.Parameter(head.weight, requires_grad=False)
         self.bias = None if head.bias is None else nn.Parameter(head.bias, requires_grad=False)
-        self.out_features, self.in_features = head.weight.shape
-        self.logit_scale, self.softcap = head.logit_scale, head.softcap
 
     def read(self, device: torch.device | None = None) -> LinearHead:
-        head = LinearHead(self.weight, self.bias, self.logit_scale, self.softcap)
+        head = replace(self.head, weight=self.weight, bias=self.bias)
         return head if device is None else head.to(device)

@@ -101,7 +101,7 @@ class Decoder:
     ) -> Tensor:  # (B, n, D)
         """Hidden states of these tokens. Positions count a row's own tokens; `last_position` bounds them."""
         positions = (mask.cumsum(1) - 1).clamp(min=0, max=last_position)[:, -tokens.shape[1] :]
-        options = {"position_ids": positions, "use_cache": True, self.keyword: self.cache}
+        options: dict[str, Any] = {"position_ids": positions, "use_cache": True, self.keyword: self.cache}
         return hidden_states(self.model, tokens, mask.long(), **options).to(self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)

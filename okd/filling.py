@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import logging
@@ -24,6 +25,7 @@ from okd.data import Batch, Collator, Packed, Row, on_device
 from okd.layers import states_entering
 from okd.models import device_of, evaluating, hidden_states, relative_error, response_rows
 from okd.sharding import most, ranks
+from okd.teachers import Stored
 from okd_kernels import linear_topk
 
 CHECKED = 4  # rows by which stored states are held against the whole model's
@@ -49,20 +51,25 @@ def fill(
     """
     missing = cache.missing(rows)
     with teacher.computing(options.device) as model:
-        if missing and model is None:
+        able = [model is not None] if ranks() == 1 else gather_object([model is not None])
+        if missing and not any(able):
             raise ValueError(
                 f"{cache.directory}: expected all rows; {len(missing):,} are missing, such as {missing[0]['id']}, and "
                 "the teacher that computes them is not in memory: run okd cache, or pass the teacher with its weights"
             )
         if missing:
             _check_room(cache, missing)
-            inside(lambda: _compute(cache, model, missing, options, pad_token_id, autocast))
-            if ranks() > 1:
-                dist.barrier()
-                cache.store.refresh()
+        if missing and model is not None:
+            rank = dist.get_rank() if ranks() > 1 else 0
+            own = missing[sum(able[:rank]) :: sum(able)]
+            together = most if ranks() > 1 and all(able) else int
+            inside(lambda: _compute(cache, model, missing, own, together, options, pad_token_id, autocast))
         elif model is not None:
             first = [as_read(row) for row in rows[:CHECKED]]
             inside(lambda: _check(cache, model, first, pad_token_id, autocast))
+    if ranks() > 1:
+        dist.barrier()
+        cache.store.refresh()
 
 
 def _check_room(cache: TeacherCache, missing: Sequence[Row]) -> None:
@@ -80,16 +87,18 @@ def _compute(
     cache: TeacherCache,
     model: Any,
     missing: Sequence[Row],
+    own: Sequence[Row],  # this process's share of them
+    together: Callable[[int], int],
     options: Any,
     pad_token_id: int,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    rank = dist.get_rank() if ranks() > 1 else 0
-    size, own, collate = options.per_device_eval_batch_size, missing[rank :: ranks()], Collator(pad_token_id)
+    size, collate, started = options.per_device_eval_batch_size, Collator(pad_token_id), time.perf_counter()
     parts = list(batches(own, lambda row: len(row["input_ids"]), size, "", False))
-    n = most(len(parts)) if ranks() > 1 else len(parts)  # divided weights want all to compute as long as one does
-    started = time.perf_counter()
-    silent = options.disable_tqdm or rank > 0
+    # divided weights want all to compute as long as one does
+    n = together(len(parts))
+    is_first = own[:1] == missing[:1]
+    silent = options.disable_tqdm or not is_first
     for i in tqdm(range(n), "teacher cache", leave=False, disable=silent):
         part = parts[i] if i < len(parts) else list(missing[:1])
         with evaluating(model), autocast(), _or_refuse(cache, model):
@@ -99,18 +108,21 @@ def _compute(
         if i == 0:
             seconds = time.perf_counter() - started
             _check(cache, model, part[:CHECKED], pad_token_id, autocast)
-            if rank == 0:
-                _announce(cache, missing, seconds / sum(len(row["input_ids"]) for row in part) / ranks())
+            if is_first:
+                _announce(cache, missing, seconds / _tokens(part) * _tokens(own))
                 cache.write_manifest()
                 if cache.manifest.is_last and cache.manifest.top_k is None:
                     cache.write_head(plain_head(model))
     cache.store.flush()
 
 
-def _announce(cache: TeacherCache, missing: Sequence[Row], seconds_a_token: float) -> None:
+def _tokens(rows: Sequence[Row]) -> int:
+    return sum(len(row["input_ids"]) for row in rows)
+
+
+def _announce(cache: TeacherCache, missing: Sequence[Row], seconds: float) -> None:
     manifest, kept = cache.manifest, cache.tokens_of(missing)
     what = "response tokens" if manifest.is_last else "tokens"
-    seconds = seconds_a_token * sum(len(row["input_ids"]) for row in missing)
     logger.warning(
         f"{cache.directory}: {len(missing):,} rows, {kept:,} {what} of {manifest.bytes_a_token:,} bytes: "
         f"{kept * manifest.bytes_a_token / 2**20:,.1f} MiB, about {seconds:,.0f} s"
@@ -165,6 +177,10 @@ def _or_refuse(cache: TeacherCache, model: Any) -> Iterator[None]:
         ) from error
 
 
+def _here(work: Callable[[], Any]) -> Any:
+    return work()
+
+
 class Filling:
     """A trainer's part in it."""
 
@@ -199,6 +215,6 @@ class Filling:
     def _fill(self, cache: TeacherCache, rows: Sequence[Row]) -> None:
         fill(
             *(cache, self.pair.teacher, rows, self.args, self.tokenizer.pad_token_id),
-            inside=self.inside,
+            inside=_here if isinstance(self.pair.teacher, Stored) else self.inside,
             autocast=self.accelerator.autocast,
         )

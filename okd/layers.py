@@ -9,7 +9,7 @@ Shapes: B rows of T tokens; D the hidden size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -95,7 +95,7 @@ class _StandIn(nn.Module):
         return (made,) if self._returns_tuple else made
 
 
-def _part(decoder: Any, made: dict[int, Callable[[Tensor], Tensor]]) -> Any:
+def _part(decoder: Any, made: Mapping[int, Callable[[Tensor], Tensor]]) -> Any:
     """The decoder with these layers' hidden states made otherwise."""
     name = layers_of(decoder)
     if name is None:

@@ -195,7 +195,8 @@ def _run(
         nonlocal teacher
         trainer.fill_cache()
         if isinstance(trainer.pair.teacher, Stored):
-            teacher = trainer.pair.teacher.release()
+            trainer.pair.teacher.release()
+            teacher = None
         before = None if checkpoint else _measured(trainer, teacher, config, prompts)
         trainer.accelerator.wait_for_everyone()  # all have looked at output_dir
         if args.process_index == 0:

@@ -21,7 +21,7 @@ from okd.cache import Head, TeacherCache, plain_head
 from okd.data import Batch
 from okd.models import device_of, evaluating, has_weights, head_of, is_dispatched, response_rows
 from okd.options import option
-from okd.sharding import is_elsewhere
+from okd.sharding import is_divided, is_elsewhere
 from okd_kernels import LinearHead, TopK
 
 SELF_TEACHERS = ("average", "student")
@@ -158,7 +158,7 @@ class Stored(nn.Module):
     def __init__(self, model: Any, cache: TeacherCache):
         super().__init__()
         refuse_injected(model)
-        if has_weights(model) and is_elsewhere(model):
+        if is_divided(model):
             raise ValueError(
                 "expected a whole teacher to keep its last hidden states; got one that the processes divide: run okd "
                 "cache before, without them"
@@ -183,7 +183,7 @@ class Stored(nn.Module):
     @contextmanager
     def computing(self, device: torch.device) -> Iterator[Any]:
         (model,) = self._source
-        if model is None or not has_weights(model):
+        if model is None or not has_weights(model) or is_elsewhere(model):
             yield None
             return
         place = device_of(model)

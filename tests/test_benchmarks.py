@@ -150,6 +150,22 @@ def test_candidates_train_on_equally_many_tokens(variant, loss):
     assert found["peak_bytes"] > 2**20
 
 
+def test_epochs_count_the_filling_of_a_cache():
+    job = {
+        "variant": "okd:online_layers=0.5,teacher_cache=new", "loss": "ours", "student": "llama-tiny",
+        "teacher": "llama-tiny", "device": "cpu", "dtype": "fp32", "batch_size": 2, "length": 17, "warmup": 9,
+        "steps": 2, "epochs": 3,
+    }  # fmt: skip
+    found = step.run_job(job)
+    assert len(found["epochs_s"]) == 3 and len(found["step_s"]) == 4 and found["tokens"] == [2 * 9] * 4
+    assert sum(found["epochs_s"][1:]) == pytest.approx(sum(found["step_s"]))
+    assert found["epochs_s"][0] > found["epochs_s"][1]  # it has the filling in it, and the first step
+    of_states = 2 * 2 * 17 * 64 * 4
+    assert of_states < found["cache_bytes"] < of_states + 2000
+    uncached = step.run_job({**job, "variant": "okd"})
+    assert uncached["cache_bytes"] == 0 and step.summarise([uncached])["epochs_s"] == sum(uncached["epochs_s"])
+
+
 def test_a_method_whose_loss_cannot_be_timed_is_refused():
     job = {
         "variant": "sft", "loss": "ours", "student": "llama-tiny", "teacher": "llama-tiny", "device": "cpu",
