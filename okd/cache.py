@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -75,6 +75,11 @@ def check_cache_options(options: Any) -> None:
         )
     if options.teacher_cache_top_k is None:
         return
+    if options.teacher_tokenizer is not None:
+        raise ValueError(
+            "expected the teacher's hidden states with teacher_tokenizer, whose outcomes are merged from all tokens; "
+            f"got teacher_cache_top_k={options.teacher_cache_top_k}: leave it out"
+        )
     if options.online or not getattr(options.resolved.loss, "takes_top_k", False):
         why = "whose teacher learns" if options.online else "which reads the teacher's hidden states"
         raise ValueError(
@@ -207,6 +212,14 @@ def as_read(row: Row) -> Row:
     return {"id": row["id"], "input_ids": prompt + row["input_ids"][start:], "labels": labels}
 
 
+class Missing(NamedTuple):
+    """A row that a cache lacks: its place among others, the tokens that the teacher reads, and those that are kept."""
+
+    index: int
+    tokens: int
+    kept: int
+
+
 class TeacherCache:
     """The states of one teacher, in a directory.
 
@@ -245,24 +258,24 @@ class TeacherCache:
         numbers = torch.tensor([len(row["input_ids"]), *row["input_ids"], *at], dtype=torch.int32)
         return hashlib.blake2b(numbers.numpy().tobytes(), digest_size=KEY_BYTES).digest()
 
-    def missing(self, rows: Iterable[Row]) -> list[Row]:
-        """As the teacher reads them, each once."""
-        return list({key: as_read(row) for row in rows if (key := self.key(row)) not in self.store}.values())
-
-    def check_data(self, rows: Sequence[Row]) -> None:
-        """Raise ValueError where none of the rows is in a cache that was complete."""
-        keys = {self.key(row) for row in rows} if self.manifest.is_complete else set()
-        if keys and not any(key in self.store for key in keys):
+    def missing(self, rows: Iterable[Row], of_its_data: bool = False) -> list[Missing]:
+        """Each once. Raises ValueError where all rows `of_its_data` are missing in a cache that was complete."""
+        found: dict[bytes, Missing] = {}
+        has_some = False
+        for i, row in enumerate(rows):
+            key = self.key(row)
+            if key in self.store:
+                has_some = True
+            elif key not in found:
+                own = as_read(row)
+                n = sum(x != IGNORE for x in own["labels"][1:]) if self.manifest.is_last else len(own["input_ids"])
+                found[key] = Missing(i, len(own["input_ids"]), n)
+        if of_its_data and self.manifest.is_complete and found and not has_some:
             raise ValueError(
-                f"{self.directory}: expected the data that it was made of; got {len(keys):,} rows, none of which is in "
-                "it: pass another --teacher-cache, or the data and options that it was made with"
+                f"{self.directory}: expected the data that it was made of; got {len(found):,} rows, none of which is "
+                "in it: pass another --teacher-cache, or the data and options that it was made with"
             )
-
-    def tokens_of(self, rows: Iterable[Row]) -> int:
-        """That are kept of rows as the teacher reads them."""
-        if self.manifest.is_last:
-            return sum(label != IGNORE for row in rows for label in row["labels"][1:])
-        return sum(len(row["input_ids"]) for row in rows)
+        return list(found.values())
 
     def collating(self, collate: Callable[[Any], Batch]) -> Collating:
         """A collator whose batches have what the cache holds of their rows."""

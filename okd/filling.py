@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from okd.answers import batches
-from okd.cache import DTYPES, TeacherCache, as_read, plain_head
+from okd.cache import DTYPES, Missing, TeacherCache, as_read, plain_head
 from okd.data import Batch, Collator, Packed, Row, on_device
 from okd.layers import states_entering
 from okd.models import device_of, evaluating, hidden_states, relative_error, response_rows
@@ -41,21 +41,24 @@ def fill(
     pad_token_id: int,
     inside: Callable[[Callable[[], Any]], Any],
     autocast: Callable[[], AbstractContextManager[Any]],
+    of_its_data: bool = False,
 ) -> None:
     """Compute and keep what the cache lacks of these rows; all processes call it.
 
-    inside: runs what reads divided weights (`Sharded.inside`). Size and time are logged before anything is written.
+    inside: runs what reads divided weights (`Sharded.inside`). of_its_data: a complete cache has some of these rows.
+    Size and time are logged before anything is written.
 
-    Raises ValueError where the teacher that computes them is not in memory, or where a part of it gives others than the
-    whole does; OSError where the disk has no room.
+    Raises ValueError for other data, where the teacher that computes them is not in memory, or where a part of it gives
+    others than the whole does; OSError where the disk has no room.
     """
-    missing = cache.missing(rows)
+    missing = cache.missing(rows, of_its_data)
     with teacher.computing(options.device) as model:
         able = [model is not None] if ranks() == 1 else gather_object([model is not None])
         if missing and not any(able):
+            name = rows[missing[0].index]["id"]
             raise ValueError(
-                f"{cache.directory}: expected all rows; {len(missing):,} are missing, such as {missing[0]['id']}, and "
-                "the teacher that computes them is not in memory: run okd cache, or pass the teacher with its weights"
+                f"{cache.directory}: expected all rows; {len(missing):,} are missing, such as {name}, and the teacher that "
+                "computes them is not in memory: run okd cache, or pass the teacher with its weights"
             )
         if missing:
             _check_room(cache, missing)
@@ -63,7 +66,7 @@ def fill(
             rank = dist.get_rank() if ranks() > 1 else 0
             own = missing[sum(able[:rank]) :: sum(able)]
             together = most if ranks() > 1 and all(able) else int
-            inside(lambda: _compute(cache, model, missing, own, together, options, pad_token_id, autocast))
+            inside(lambda: _compute(cache, model, rows, missing, own, together, options, pad_token_id, autocast))
         elif model is not None:
             first = [as_read(row) for row in rows[:CHECKED]]
             inside(lambda: _check(cache, model, first, pad_token_id, autocast))
@@ -72,8 +75,8 @@ def fill(
         cache.store.refresh()
 
 
-def _check_room(cache: TeacherCache, missing: Sequence[Row]) -> None:
-    directory, size = cache.directory.absolute(), cache.tokens_of(missing) * cache.manifest.bytes_a_token
+def _check_room(cache: TeacherCache, missing: Sequence[Missing]) -> None:
+    directory, size = cache.directory.absolute(), sum(one.kept for one in missing) * cache.manifest.bytes_a_token
     free = shutil.disk_usage(next(p for p in (directory, *directory.parents) if p.exists())).free
     if size > free:
         raise OSError(
@@ -86,21 +89,22 @@ def _check_room(cache: TeacherCache, missing: Sequence[Row]) -> None:
 def _compute(
     cache: TeacherCache,
     model: Any,
-    missing: Sequence[Row],
-    own: Sequence[Row],  # this process's share of them
+    rows: Sequence[Row],
+    missing: Sequence[Missing],
+    own: Sequence[Missing],  # this process's share of them
     together: Callable[[int], int],
     options: Any,
     pad_token_id: int,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> None:
     size, collate, started = options.per_device_eval_batch_size, Collator(pad_token_id), time.perf_counter()
-    parts = list(batches(own, lambda row: len(row["input_ids"]), size, "", False))
+    parts = list(batches(own, lambda one: one.tokens, size, "", False))
     # divided weights want all to compute as long as one does
     n = together(len(parts))
     is_first = own[:1] == missing[:1]
     silent = options.disable_tqdm or not is_first
     for i in tqdm(range(n), "teacher cache", leave=False, disable=silent):
-        part = parts[i] if i < len(parts) else list(missing[:1])
+        part = [as_read(rows[one.index]) for one in (parts[i] if i < len(parts) else missing[:1])]
         with evaluating(model), autocast(), _or_refuse(cache, model):
             entries = _entries(cache, model, on_device(collate(part), device_of(model)))
         for row, entry in zip(part, entries, strict=True):
@@ -109,19 +113,16 @@ def _compute(
             seconds = time.perf_counter() - started
             _check(cache, model, part[:CHECKED], pad_token_id, autocast)
             if is_first:
-                _announce(cache, missing, seconds / _tokens(part) * _tokens(own))
+                done = sum(len(row["input_ids"]) for row in part)
+                _announce(cache, missing, seconds / done * sum(one.tokens for one in own))
                 cache.write_manifest()
                 if cache.manifest.is_last and cache.manifest.top_k is None:
                     cache.write_head(plain_head(model))
     cache.store.flush()
 
 
-def _tokens(rows: Sequence[Row]) -> int:
-    return sum(len(row["input_ids"]) for row in rows)
-
-
-def _announce(cache: TeacherCache, missing: Sequence[Row], seconds: float) -> None:
-    manifest, kept = cache.manifest, cache.tokens_of(missing)
+def _announce(cache: TeacherCache, missing: Sequence[Missing], seconds: float) -> None:
+    manifest, kept = cache.manifest, sum(one.kept for one in missing)
     what = "response tokens" if manifest.is_last else "tokens"
     logger.warning(
         f"{cache.directory}: {len(missing):,} rows, {kept:,} {what} of {manifest.bytes_a_token:,} bytes: "
@@ -198,8 +199,7 @@ class Filling:
         if self.cache is None:
             return
         train = self.train_dataset.rows if isinstance(self.train_dataset, Packed) else self.train_dataset or ()
-        self.cache.check_data(train)
-        self._fill(self.cache, train)
+        self._fill(self.cache, train, of_its_data=True)
         sets = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset or ()]
         for rows in sets:
             self.fill_held_out(rows)
@@ -212,9 +212,10 @@ class Filling:
         if self.cache is not None and len(rows):
             self._fill(self.cache.held_out, rows)
 
-    def _fill(self, cache: TeacherCache, rows: Sequence[Row]) -> None:
+    def _fill(self, cache: TeacherCache, rows: Sequence[Row], of_its_data: bool = False) -> None:
         fill(
             *(cache, self.pair.teacher, rows, self.args, self.tokenizer.pad_token_id),
             inside=_here if isinstance(self.pair.teacher, Stored) else self.inside,
             autocast=self.accelerator.autocast,
+            of_its_data=of_its_data,
         )

@@ -403,6 +403,19 @@ def test_it_learns_from_a_teacher_with_other_tokens(tmp_path, method):
     assert last["base_forward_kl"] > 0 and ("teacher_shift" in last) == (method == "okd")
 
 
+@pytest.mark.parametrize(("method", "options"), [("forward_kd", {}), ("okd", {"online_layers": 0.5})])
+def test_a_cache_is_of_the_teachers_own_tokens(tmp_path, method, options):
+    options = {"method": method, "max_steps": 3, **options}
+    one = across(tmp_path / "one", **options)
+    two = across(tmp_path / "two", teacher_cache=str(tmp_path / "cache"), **options)
+    for trainer in (one, two):
+        trainer.train()
+    expected = weights(one)
+    for name, weight in weights(two).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+    assert two.evaluate() == pytest.approx(one.evaluate(), rel=1e-4)
+
+
 def test_accumulated_batches_train_as_one(tmp_path):
     """Of unequal numbers of tokens and of aligned positions."""
     options = {"method": "okd", "student_ce_weight": 0.5, "max_steps": 2}
@@ -502,6 +515,10 @@ REFUSED = {
     "vocab_size": ({"vocab_size": 300}, "expected no vocab_size with teacher_tokenizer"),
     "self_teacher": ({"method": "forward_kd", "self_teacher": "average"}, "expected no self_teacher"),
     "skd": ({"method": "skd"}, "expected responses of the data or the student's with teacher_tokenizer"),
+    "top_k": (
+        {"method": "forward_kd", "teacher_cache": "x", "teacher_cache_top_k": 4},
+        "expected the teacher's hidden states with teacher_tokenizer",
+    ),
     "taid": ({"method": "taid"}, "expected options that method taid reads; got teacher_tokenizer='auto'"),
     "rlkd": ({"method": "rlkd"}, "method rlkd reads"),
     "mixkd": ({"method": "mixkd"}, "method mixkd reads"),
