@@ -57,8 +57,8 @@ def fill(
         if missing and not any(able):
             name = rows[missing[0].index]["id"]
             raise ValueError(
-                f"{cache.directory}: expected all rows; {len(missing):,} are missing, such as {name}, and the teacher that "
-                "computes them is not in memory: run okd cache, or pass the teacher with its weights"
+                f"{cache.directory}: expected all rows; {len(missing):,} are missing, such as {name}, and the teacher "
+                "that computes them is not in memory: run okd cache, or pass the teacher with its weights"
             )
         if missing:
             _check_room(cache, missing)

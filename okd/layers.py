@@ -170,12 +170,17 @@ def states_above(decoder: Any, layer: int, states: Tensor, **inputs: Any) -> Ten
     return hidden
 
 
+def decoder_of(model: Any) -> Any:
+    """Of a model, or of a PEFT model around one."""
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
+
+
 def first_trainable_layer(model: Any) -> int:
     """The lowest of the decoder's layers that a trainable weight has an influence on; their number where it is none.
 
     0 where one of them is below the layers, or where there is no list of layers.
     """
-    decoder = model.get_base_model().get_decoder() if hasattr(model, "get_base_model") else model.get_decoder()
+    decoder = decoder_of(model)
     name = layers_of(decoder)
     n_layers = decoder.config.num_hidden_layers
     training = {id(p) for p in model.parameters() if p.requires_grad}
@@ -187,3 +192,10 @@ def first_trainable_layer(model: Any) -> int:
         if any(id(p) in training for p in layer.parameters()):
             return i
     return n_layers
+
+
+def drop_below(decoder: Any, layer: int) -> None:
+    """Leave no weights to the layers below one: only `states_above` runs from then on, which has to have run before."""
+    for module in getattr(decoder, str(layers_of(decoder)))[:layer]:
+        for p in module.parameters():
+            p.data = p.data.new_empty(0)

@@ -19,7 +19,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from okd.layers import states_above
+from okd.layers import decoder_of, states_above
 from okd.sharding import shape_of, whole
 from okd_kernels import LinearHead, has_fast_gemm
 
@@ -337,8 +337,8 @@ def hidden_states(
         # A prefix or a prompt is put in by PEFT's own forward; it keeps one row of logits, and comes before the tokens.
         output = model(**options, output_hidden_states=True, logits_to_keep=1)
         return output.hidden_states[-1][:, -options["attention_mask"].shape[1] :]
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.get_decoder()(**options).last_hidden_state if run is None else run(base.get_decoder(), **options)
+    decoder = decoder_of(model)
+    return decoder(**options).last_hidden_state if run is None else run(decoder, **options)
 
 
 def response_rows(model: Any, batch: Batch, as_teacher: bool = False) -> Tensor:

@@ -302,7 +302,12 @@ class _Planner:
             return teacher._replace(bytes=teacher.head[0] * teacher.head[1] * teacher.head_dtype.itemsize, trace=None)
         attention = found.attention - sum(layer.attention for layer in below)
         trace = found._replace(forward=found.forward - flops, attention=attention, layers=found.layers[frozen:])
-        return teacher._replace(trace=trace)
+        if self.sharding.weights:
+            return teacher._replace(trace=trace)
+        dropped = sum(layer.weights for layer in below) / (
+            sum(layer.weights for layer in found.layers) + found.around[0]
+        )
+        return teacher._replace(trace=trace, bytes=(1 - dropped) * teacher.bytes)
 
     def _least_salient(self, model: Any) -> int:
         """CLDA's weights are chosen by data: until then all that it chooses from have gradients."""

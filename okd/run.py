@@ -50,7 +50,6 @@ from okd.plan import available_memory, check_fits, plan
 from okd.report import format_samples, format_table, plot_curves
 from okd.sharding import is_elsewhere
 from okd.sources import DataOptions, encode_all, open_all
-from okd.teachers import Stored
 from okd.trackers import check_trackers, send
 from okd.trainer import OKDTrainer
 
@@ -194,7 +193,7 @@ def _run(
         """With the models where they will train, and before anything of the training."""
         nonlocal teacher
         trainer.fill_cache()
-        if isinstance(trainer.pair.teacher, Stored):
+        if trainer.cache is not None and not trainer.is_sharded:
             trainer.pair.teacher.release()
             teacher = None
         before = None if checkpoint else _measured(trainer, teacher, config, prompts)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from okd.cache import Head, TeacherCache, plain_head
 from okd.data import Batch
+from okd.layers import decoder_of, drop_below
 from okd.models import device_of, evaluating, has_weights, head_of, is_dispatched, response_rows
 from okd.options import option
 from okd.sharding import is_divided, is_elsewhere
@@ -72,6 +73,9 @@ class Teacher(Protocol):
     def computing(self, device: torch.device) -> AbstractContextManager[Any]:
         """The model, where what it computes is to be kept; None where it is not in memory."""
 
+    def release(self) -> None:
+        """What a cache stands for is wanted no more."""
+
 
 class Placed(nn.Module):
     """Models that a trainer moves to its own device, but for those that have a place: `place` says which."""
@@ -81,6 +85,7 @@ class Placed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._stay: set[int] = set()
+        self._is_released = False
 
     def place(self, device: torch.device | None = None) -> None:
         """Compute on this device; without one, each model where it is, if that is an accelerator.
@@ -104,7 +109,13 @@ class Placed(nn.Module):
 
     @contextmanager
     def computing(self, device: torch.device) -> Iterator[Any]:
-        yield self.model
+        yield None if self._is_released else self.model
+
+    def release(self) -> None:
+        """Of a teacher with a cache, the weights below it: nothing is to be computed by them any more."""
+        if self.cache is not None:
+            drop_below(decoder_of(self.model), self.cache.manifest.layer)
+            self._is_released = True
 
     def _models(self) -> list[Any]:
         found: Any = getattr(self, "models", None) or [self.model]

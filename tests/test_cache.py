@@ -84,11 +84,13 @@ def test_the_body_takes_no_part(tmp_path):
     expected = history(trainer_of(tmp_path, "third", "okd", **options))
     again = trainer_of(tmp_path, "fourth", "okd", **options)
     again.fill_cache()
-    for layer in again.teacher.get_base_model().model.layers[:4]:
-        for p in layer.parameters():
-            p.data.fill_(torch.nan)
-    again.fill_cache = lambda: None  # which would hold the states against the whole model
+    again.pair.teacher.release()
+    layers = again.teacher.get_base_model().model.layers
+    assert [sum(p.numel() for p in layer.parameters()) > 0 for layer in layers] == [False] * 4 + [True] * 2
     assert history(again) == expected
+    assert again.evaluate()["eval_forward_kl"] > 0
+    with pytest.raises(ValueError, match="and the teacher that computes them is not in memory"):
+        again.evaluate(tiny.examples(5, seed=77))
 
 
 def test_a_frozen_teacher_goes_on_from_states_of_a_lower_layer(tmp_path):

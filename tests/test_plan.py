@@ -329,3 +329,37 @@ def test_the_parser_is_that_of_training(tmp_path, save):
     source, _ = save()
     config, args = parse_train(["okd", "--teacher", source, "--output-dir", str(tmp_path), "--online-rank", "2"])
     assert plan(config, args).parameters["teacher's online module"] == 2 * 2 * (2 * 32 + 32 + 16)
+
+
+def test_a_cache_leaves_the_layers_above_it(tmp_path, save):
+    """FLOPs of a real pass through those alone; and of a frozen teacher its head."""
+    source, model = save("teacher", layers=6, hidden=48)
+    smaller, _ = save("student")
+    options = {"online_layers": 1 / 3, "online_rank": 4, "per_device_train_batch_size": 2}
+    whole = planned(tmp_path, source, smaller, **options)
+    cached = planned(tmp_path, source, smaller, teacher_cache=str(tmp_path / "cache"), **options)
+    below = model.model.layers[:4]
+    ids = torch.ones(2, 16, dtype=torch.long)
+    counts = []
+    for layers in (6, 2):
+        part = tiny.llama(layers=layers, hidden=48)
+        part = attach_online_module(part, tiny.config(tmp_path, online_layers=2 / layers, online_rank=4))
+        with FlopCounterMode(display=False) as counter:
+            hidden_states(part, ids, torch.ones_like(ids))
+        counts.append(counter.get_total_flops())
+    found = whole.flops["teacher forward"] - cached.flops["teacher forward"]
+    attention = whole.attention_flops - cached.attention_flops  # which the counter leaves out on a CPU
+    assert attention == 4 * 2 * 2 * 4 * 16 * 16 * (12 + 12)
+    assert found - attention == pytest.approx(counts[0] - counts[1], rel=1e-6)
+    assert cached.flops["teacher backward"] == whole.flops["teacher backward"]
+    weights = [parts(one)["teacher weights"].forward for one in (whole, cached)]
+    assert weights[0] - weights[1] == pytest.approx(sum(n_bytes(layer.parameters()) for layer in below))
+    assert any(note.startswith("teacher cache: 192 bytes on disk for each token") for note in cached.notes)
+
+    options = {"method": "forward_kd", "teacher_cache": str(tmp_path / "cache"), "per_device_train_batch_size": 2}
+    frozen = planned(tmp_path, source, smaller, teacher_cache_dtype="bfloat16", **options)
+    assert "teacher forward" not in frozen.flops and parts(frozen)["teacher weights"].forward == 64 * 48 * 4
+    assert parts(frozen)["teacher's stored states"].forward == 2 * 16 * 48 * 2
+    assert any("96 bytes on disk for each response token" in note for note in frozen.notes)
+    few = planned(tmp_path, source, smaller, teacher_cache_top_k=5, **options)
+    assert any("40 bytes on disk" in note for note in few.notes)
