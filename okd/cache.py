@@ -215,7 +215,7 @@ def as_read(row: Row) -> Row:
 class Missing(NamedTuple):
     """A row that a cache lacks: its place among others, the tokens that the teacher reads, and those that are kept."""
 
-    index: int
+    at: int
     tokens: int
     kept: int
 

@@ -55,7 +55,7 @@ def fill(
     with teacher.computing(options.device) as model:
         able = [model is not None] if ranks() == 1 else gather_object([model is not None])
         if missing and not any(able):
-            name = rows[missing[0].index]["id"]
+            name = rows[missing[0].at]["id"]
             raise ValueError(
                 f"{cache.directory}: expected all rows; {len(missing):,} are missing, such as {name}, and the teacher "
                 "that computes them is not in memory: run okd cache, or pass the teacher with its weights"
@@ -104,7 +104,7 @@ def _compute(
     is_first = own[:1] == missing[:1]
     silent = options.disable_tqdm or not is_first
     for i in tqdm(range(n), "teacher cache", leave=False, disable=silent):
-        part = [as_read(rows[one.index]) for one in (parts[i] if i < len(parts) else missing[:1])]
+        part = [as_read(rows[one.at]) for one in (parts[i] if i < len(parts) else missing[:1])]
         with evaluating(model), autocast(), _or_refuse(cache, model):
             entries = _entries(cache, model, on_device(collate(part), device_of(model)))
         for row, entry in zip(part, entries, strict=True):

@@ -304,9 +304,8 @@ class _Planner:
         trace = found._replace(forward=found.forward - flops, attention=attention, layers=found.layers[frozen:])
         if self.sharding.weights:
             return teacher._replace(trace=trace)
-        dropped = sum(layer.weights for layer in below) / (
-            sum(layer.weights for layer in found.layers) + found.around[0]
-        )
+        frozen_bytes = sum(x.weights - x.trainable for x in found.layers) + found.around[0] - found.around[1]
+        dropped = sum(layer.weights for layer in below) / frozen_bytes
         return teacher._replace(trace=trace, bytes=(1 - dropped) * teacher.bytes)
 
     def _least_salient(self, model: Any) -> int:
