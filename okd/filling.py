@@ -170,6 +170,8 @@ def _check(
 def _or_refuse(cache: TeacherCache, model: Any) -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, RuntimeError, AttributeError, LookupError) as error:
         raise ValueError(
             f"expected a teacher whose upper layers go on from states that enter layer {cache.manifest.layer}, and "
@@ -204,8 +206,9 @@ class Filling:
         for rows in sets:
             self.fill_held_out(rows)
         if self.args.process_index == 0:
-            for cache in {id(c): c for c in (self.cache, self.cache.held_out)}.values():
-                cache.write_manifest(is_complete=True)
+            for cache in (self.cache, self.cache.held_out):
+                if not cache.manifest.is_complete:  # one that is read alone may lie where nobody writes
+                    cache.write_manifest(is_complete=True)
 
     def fill_held_out(self, rows: Sequence[Row]) -> None:
         """Before these rows are evaluated."""

@@ -146,6 +146,14 @@ def test_teacher_prompts(tmp_path):
         assert_close(history(trainer_of(tmp_path, f"{method}-c", method, train=data, **options)), expected, 1e-4)
 
 
+def test_what_is_complete_is_not_written_to(tmp_path):
+    options = {"teacher_cache": str(tmp_path / "cache")}
+    expected = history(trainer_of(tmp_path, "first", "forward_kd", **options))
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    assert history(trainer_of(tmp_path, "second", "forward_kd", **options)) == expected
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == files
+
+
 def test_missing_rows_are_added(tmp_path, caplog):
     options = {"teacher_cache": str(tmp_path / "cache")}
     trainer_of(tmp_path, "first", "forward_kd", **options).fill_cache()
