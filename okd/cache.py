@@ -46,18 +46,13 @@ class CacheOptions:
     """Read by methods that distil one teacher on responses that do not change."""
 
     teacher_cache: str | None = option(
-        None,
-        "directory of hidden states of the teacher's frozen layers, computed once for each example; what is missing "
-        "there is computed before the training",
+        None, "directory that keeps hidden states of the teacher's frozen layers, each example's once"
     )
     teacher_cache_dtype: str | None = option(
         None, "their dtype in a new directory; default: as they are computed", choices=tuple(DTYPES)
     )
     teacher_cache_top_k: int | None = option(
-        None,
-        "of a frozen teacher keep so many likeliest tokens in place of hidden states: less disk, and a lower bound of "
-        "the divergence",
-        least=1,
+        None, "of a frozen teacher keep so many likeliest tokens instead: less disk, a lower bound", least=1
     )
 
 

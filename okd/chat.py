@@ -61,7 +61,7 @@ class ChatOptions:
     chat_template_kwargs: str | None = option(
         None, """JSON of variables for the chat template, such as '{"enable_thinking": false}'"""
     )
-    chat_date: str = option("2025-01-01", "the day that a template prints as today's; a resumed run prints it too")
+    chat_date: str = option("2025-01-01", "the day that a template prints as today's, resumed or not")
     max_bad_share: float = option(
         0.01,
         "share of the examples that may be none, or not fit the template, before a run is refused",

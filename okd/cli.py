@@ -169,7 +169,8 @@ def _shorten(action: argparse.Action, hide: bool, first_sentence: set[str]) -> N
         text = text.split(". ")[0].rstrip(".")
     if action.nargs != 0 and action.choices is None:
         action.metavar = "X" if action.type in (int, float) else action.dest.rpartition("_")[2].upper()
-    shown = action.default not in (None, "", argparse.SUPPRESS) and action.nargs != 0
+    is_nothing = action.default in (None, "", argparse.SUPPRESS) or action.default is False
+    shown = not is_nothing and action.nargs != 0
     action.help = f"{text} (default: {action.default})" if shown and "default:" not in text else text
 
 

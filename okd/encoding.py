@@ -46,7 +46,7 @@ class RowOptions:
     max_length: int = option(512, "tokens of an example; longer ones are cut on the right, and counted", least=1)
     packing: bool = option(
         False,
-        "join rows up to max_length tokens, each attending to itself alone; a batch is so many lines",
+        "join rows up to max_length tokens, each attending to itself; a batch is so many lines",
     )
     dataset_num_proc: int | None = option(
         None, "processes that encode a large data set; default: one for each core, at most 16", least=1

@@ -51,12 +51,8 @@ class OnlineOptions:
         0.0, "share of the training after which the online module begins to learn", least=0, most=1
     )
     online_stop: float = option(1.0, "share of the training after which the online module rests", least=0, most=1)
-    online_every: int = option(
-        1, "the online module learns at every so many steps; at the others its teacher goes forward only", least=1
-    )
-    alternating: bool | None = option(
-        None, "student and online module learn in turns, at every other step; default: as the method says"
-    )
+    online_every: int = option(1, "the online module learns at every so many steps", least=1)
+    alternating: bool | None = option(None, "student and online module learn in turns; default: as the method says")
 
 
 @dataclass

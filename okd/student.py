@@ -51,7 +51,7 @@ class StudentOptions:
     )
     student_save: str = option(
         "adapter",
-        "a student with a LoRA is saved as adapter, or merged: as a whole model",
+        "how a student with a LoRA is saved: adapter, or merged",
         choices=("adapter", "merged"),
     )
     save_dtype: str | None = option(

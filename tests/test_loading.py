@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
-from okd import OKDTrainer, loading, models
+from okd import OKDTrainer, layers, loading, models
 from okd.cli import main, parse_train
 from okd.loading import load_models, quantization_config, teacher_sources
 from okd.run import RunConfig, exact_config
@@ -309,7 +309,7 @@ def test_a_base_that_no_name_loads_lies_beside_the_adapter(folder, tmp_path, cha
         student = tiny.llama()
     else:
         student = AutoModelForCausalLM.from_pretrained(folder / "teacher")
-        student = models.keep_layers(student, [0, 2]) if change == "layers" else student
+        student = layers.keep_layers(student, [0, 2]) if change == "layers" else student
         student.model.layers[0].mlp.up_proj.weight.data.add_(0.0 if change == "layers" else 0.5)
     output = tmp_path / "run"
     run = trainer(

@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from okd import cli, models
+from okd import cli, layers, models
 from okd.cli import main, parse_train
 from okd.run import exact_config
 
@@ -310,7 +310,7 @@ def test_a_student_out_of_a_gpt2(folder, tmp_path, layers):
 
 def test_kept_layers_are_the_teachers(folder):
     teacher = models.load_model(str(folder / "teacher"))
-    student = models.keep_layers(teacher, [0, 2])
+    student = layers.keep_layers(teacher, [0, 2])
     ids = torch.randint(2, 60, (2, 7))
     hidden = teacher.model.embed_tokens(ids)
     position = torch.arange(7).unsqueeze(0)
