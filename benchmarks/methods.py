@@ -18,8 +18,8 @@ and its students are pre-trained models: a student that has lost layers is mende
 default of forward KD from the teacher as it was before its own tuning). Both are made once, under output-dir/models.
 
 `--preset small` wants no download: `benchmarks.small` makes tokenizer, teacher and student of the training file.
-`--labelled N` leaves the students N of its rows. On one thread (`--threads 1`) training time is the process's CPU
-time, which other work on the machine hardly changes, so that `--jobs J` may run J processes at once.
+`--labelled N` leaves the students N of its rows, others with each seed. On one thread (`--threads 1`) training time is
+the process's CPU time, which other work on the machine hardly changes, so that `--jobs J` may run J processes at once.
 
 Each table is followed by paired differences to forward_kd, or to the first method where that is not among them: the
 mean over the seeds that both have, and its 95 % interval by Student's t.
@@ -36,6 +36,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -175,15 +176,16 @@ def tune(
         OKDTrainer(model, teacher, args, rows, eval_rows, processing_class=tokenizer).train()
 
 
-def labelled(settings: dict[str, Any], tokenizer: Any) -> Sequence[Any]:
-    """What the students learn from: all rows of the training file, or N of those that a small teacher is trained on."""
-    examples = read_jsonl(settings["train_file"])
-    if settings["labelled"] is not None:
-        examples, _ = small.split(examples)
-    rows = encode(examples, tokenizer, max_length=settings["max_length"]).rows
-    if len(rows) < (settings["labelled"] or 0):
-        raise ValueError(f"expected {settings['labelled']} labelled rows; got {len(rows)}: pass a smaller --labelled")
-    return rows[: settings["labelled"]]
+def labelled(settings: dict[str, Any], tokenizer: Any, seed: int) -> Sequence[Any]:
+    """What the students learn from: all rows of the training file, or N that the seed draws from those that a small
+    teacher is trained on. Raises ValueError where there are fewer."""
+    examples, count = read_jsonl(settings["train_file"]), settings["labelled"]
+    if count is None:
+        return encode(examples, tokenizer, max_length=settings["max_length"]).rows
+    rows = encode(small.split(examples)[0], tokenizer, max_length=settings["max_length"]).rows
+    if len(rows) < count:
+        raise ValueError(f"expected {count} labelled rows; got {len(rows)}: pass a smaller --labelled")
+    return random.Random(seed).sample(rows, count)
 
 
 def held_out(job: dict[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
@@ -239,7 +241,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     """Train one student; its curve, its quality, its cost. A probe is only timed."""
     method, options = parse_variant(job["variant"])
     tokenizer, student, teacher = load(job, "student", "teacher")
-    data = labelled(job, tokenizer)
+    data = labelled(job, tokenizer, job["seed"])
     rows = held_out(job, tokenizer)[: job["curve_examples"]]
     steps, probe = job["steps"], job["kind"] == "probe"
     if not probe:
@@ -475,7 +477,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (output / "models").is_dir() and results.run("prepare", "models") is None:
         raise SystemExit("the models could not be prepared: see above")
     if args.epochs:
-        rows = len(labelled(settings, load_tokenizer(str(output / "models" / "teacher"))))
+        rows = len(labelled(settings, load_tokenizer(str(output / "models" / "teacher")), seed=0))
         args.steps = math.ceil(args.epochs * math.ceil(rows / args.batch_size))
     if args.dry_run:
         estimate(results, args)

@@ -218,7 +218,7 @@ def test_a_candidate_that_fails_costs_no_other(monkeypatch, tmp_path, capsys):
         if job["variant"] == "okd":
             raise RuntimeError("benchmarks.step exited with 1:\nout of memory")
         steps = {name: [0.5, 0.5] for name in ("step_s", "before_s", "loss_s")}
-        return {**steps, "tokens": [18, 18], "peak_bytes": 2**20}
+        return {**steps, "tokens": [18, 18], "peak_bytes": 2**20, "epochs_s": [], "cache_bytes": 0}
 
     monkeypatch.setattr(step, "subprocess_job", job)
     models = ("--teacher", "llama-tiny", "--student", "llama-tiny", "--eager", "--rounds", "1", "--device", "cpu")

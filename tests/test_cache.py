@@ -56,12 +56,13 @@ CASES = {
     },
     "forward_kd packed": {"packing": True, "max_length": 32},
     "okd every": {"online_layers": 0.5, "online_every": 2},
+    "okd, workers load": {"online_layers": 0.5, "dataloader_num_workers": 1},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_cached_is_uncached(tmp_path, case):
-    method, options = case.split()[0], CASES[case]
+    method, options = case.replace(",", "").split()[0], CASES[case]
     expected = trainer_of(tmp_path, "uncached", method, **options)
     cached = trainer_of(tmp_path, "cached", method, teacher_cache=str(tmp_path / "cache"), **options)
     assert_close(history(cached), history(expected), 1e-4)

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from okd import evaluate as module
+from okd import teachers
 from okd.answers import generate_answers, rouge_l
 from okd.evaluate import divergence_metrics, evaluate
 
@@ -268,7 +269,8 @@ def test_training_and_requires_grad_flags_are_restored(monkeypatch, fails):
             raise RuntimeError("out of memory")
         return real(model, batch, **options)
 
-    monkeypatch.setattr(module, "response_rows", response_rows)
+    for place in (module, teachers):
+        monkeypatch.setattr(place, "response_rows", response_rows)
     if fails:
         with pytest.raises(RuntimeError, match="out of memory"):
             measured(student, teacher)

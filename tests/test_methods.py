@@ -231,7 +231,7 @@ def test_every_preset_has_its_numbers():
 OPTIONS = [(group, field) for group in GROUPS for field in dataclasses.fields(group)]
 VALUES = {"student_divergence": "jsd", "divergence_alpha": 0.3, "divergence_beta": 0.3, "online_learning_rate": 1e-3}
 VALUES |= {"online_target_modules": ["o_proj"], "teacher_device": "cpu", "rollout_url": "http://localhost:8000"}
-VALUES |= {"teacher_tokenizer": "auto"}
+VALUES |= {"teacher_tokenizer": "auto", "teacher_cache": "cache"}
 
 
 def another(field):
@@ -267,6 +267,10 @@ def refused_for_another_reason(method, name):
         return f"expected rollout_url with {name}"
     if name == "teacher_tokenizer" and method.name == "skd":
         return "expected responses of the data or the student's with teacher_tokenizer; got method skd"
+    if name.startswith("teacher_cache_"):
+        return f"expected teacher_cache with {name}; got none"
+    if name == "online_every" and method.alternating:
+        return f"expected alternating or online_every; got {method.name} with both (online_every=3)"
     if name == "average_decay":
         return "expected average_decay with self_teacher=average; got 0.25 without"
     if name == "online_teacher" and several:
@@ -334,6 +338,9 @@ def test_which_presets_read_a_group():
         "InterleavedOptions": ["skd"],
         "TokenizerOptions": [n for n in divergence if METHODS[n].loss is objectives.divergence],
         "ReplayOptions": ["distillm"],
+        "CacheOptions": [
+            *["okd", "forward_kd", "reverse_kd", "jsd", "skew_kd", "alpha_beta_kd", "taid", "rlkd", "clda"]
+        ],
     }
     assert {group.__name__: readers_of(group) for group in GROUPS} == expected
 

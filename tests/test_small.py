@@ -41,11 +41,12 @@ def test_no_training_row_is_validation_and_no_label_is_another_part_of_the_file(
     assert (train, validation) == small.split(examples) and train != examples[6:]
     assert len(validation) == 6 and sorted(x["id"] for x in train + validation) == sorted(x["id"] for x in examples)
     tokenizer = small.make_tokenizer(train, 280)
-    rows = methods.labelled(settings(files, labelled=10), tokenizer)
-    assert [row["id"] for row in rows] == [x["id"] for x in train[:10]]
-    assert len(methods.labelled(settings(files), tokenizer)) == 60
+    drawn = [[x["id"] for x in methods.labelled(settings(files, labelled=40), tokenizer, seed)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] and set(drawn[0]) != set(drawn[2])
+    assert all(len(set(ids)) == 40 and set(ids) <= {x["id"] for x in train} for ids in drawn)
+    assert len(methods.labelled(settings(files), tokenizer, 0)) == 60
     with pytest.raises(ValueError, match="expected 55 labelled rows; got 54: pass a smaller --labelled"):
-        methods.labelled(settings(files, labelled=55), tokenizer)
+        methods.labelled(settings(files, labelled=55), tokenizer, 0)
 
 
 def test_the_tokenizer_keeps_all_text_and_has_an_end():
