@@ -9,6 +9,9 @@ response ends early, so that all candidates train on equally many tokens.
 With `--epochs`, the steps go over one set of rows so many times. A candidate with `teacher_cache=new` fills a cache of
 its own before its first step, whose time has that in it; the sum over all epochs says what it comes to.
 
+With `--beside METHOD` each candidate runs at the same time as that one, each on a CPU core of its own with one thread,
+and the cores change at each round: what slows a shared machine slows both, and the ratio is of the two.
+
 Of a step, "loss" is from hidden states to their gradients: the call of `distil`, and in the backward pass the time from
 the gradient of the loss until the first model goes backward. "Generating" is all before the first forward pass. Memory:
 peak resident set on a CPU, the allocator's peak on a GPU, over all steps, weights included.
@@ -20,12 +23,14 @@ import argparse
 import ast
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +253,9 @@ def rows(count: int, length: int, vocab_size: int) -> list[dict[str, Any]]:
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Train a few steps in this process; what was measured of each of them, the warm-up left out."""
     device, length, epochs = job["device"], job["length"], job.get("epochs")
+    if job.get("core") is not None:
+        os.sched_setaffinity(0, {job["core"]})
+        torch.set_num_threads(1)
     count, warmup = (epochs * job["steps"], job["steps"]) if epochs else (job["warmup"] + job["steps"], job["warmup"])
     student, teacher = (
         model(job[side], job["dtype"], device, seed) for seed, side in enumerate(("student", "teacher"))
@@ -352,6 +360,37 @@ def show(found: dict[tuple[str, str], dict[str, Any]]) -> None:
             print(f"{' '.join(a)} / {' '.join(b)}: time {time_ratio:.2f}, peak memory {memory_ratio:.2f}")
 
 
+def run_beside(jobs: Sequence[dict[str, Any]], cores: Sequence[int]) -> list[dict[str, Any]]:
+    """Results of jobs that run at once, each on its core. Raises RuntimeError where one fails."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        placed = [{**job, "core": core} for job, core in zip(jobs, cores, strict=True)]
+        return list(pool.map(lambda job: subprocess_job("benchmarks.step", job), placed))
+
+
+def beside(args: argparse.Namespace, shape: dict[str, Any], variants: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each candidate its figures, the other's of the same time, and ratios of the two, by round."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    pairs: dict[str, list[list[dict[str, Any]]]] = {variant: [] for variant in variants if variant != args.beside}
+    for i in range(args.rounds):
+        for variant, rounds in pairs.items():
+            jobs = [{**shape, "variant": v, "loss": "ours"} for v in (variant, args.beside)]
+            rounds.append(run_beside(jobs, cores[:: 1 if i % 2 == 0 else -1]))
+            found = [statistics.median(result["step_s"]) for result in rounds[-1]]
+            print(f"round {i + 1}: {variant}: {found[0]:.2f} s/step, {args.beside}: {found[1]:.2f}", flush=True)
+    table = []
+    for variant, rounds in pairs.items():
+        ratios = {
+            "step": [statistics.median(a["step_s"]) / statistics.median(b["step_s"]) for a, b in rounds],
+            "epochs": [sum(a["epochs_s"]) / sum(b["epochs_s"]) for a, b in rounds if a["epochs_s"]],
+            "peak": [a["peak_bytes"] / b["peak_bytes"] for a, b in rounds],
+        }
+        own, other = (summarise([pair[i] for pair in rounds]) for i in (0, 1))
+        table.append({"variant": variant, **own, "beside": other, "ratios": ratios})
+        means = {name: statistics.fmean(x) for name, x in ratios.items() if x}
+        print(f"{variant} / {args.beside}: {', '.join(f'{name} {x:.3f}' for name, x in means.items())}")
+    return table
+
+
 def save_models(args: argparse.Namespace, folder: Path) -> tuple[str, str]:
     """(student, teacher) as jobs load them: real models from safetensors, as GGUF takes long to dequantise."""
     teacher, student = args.teacher, args.student
@@ -384,6 +423,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=4)
     add("--length", type=int, help="tokens of a row; default: 256, or 1024 on a GPU")
     add("--steps", type=int, help="measured steps of a process; default: 3, or 8 on a GPU")
+    add("--beside", metavar="METHOD", help="run each at the same time as this one, on a core each")
     add("--epochs", type=int, help="passes over the rows of --steps steps, in place of a warm-up")
     add("--warmup", type=int, help="steps before them; default: 1, or 3 on a GPU")
     add("--rounds", type=int, default=2, help="processes of each candidate")
@@ -433,6 +473,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         student, teacher = save_models(args, Path(folder))
         sizes = ("device", "dtype", "batch_size", "length", "steps", "warmup", "epochs")
         shape = {name: getattr(args, name) for name in sizes}
+        if args.beside:
+            table = beside(args, {**shape, "student": student, "teacher": teacher}, variants)
+            path.write_text(json.dumps({**about, "arguments": options, "results": table}, indent=1) + "\n")
+            print(f"\n{path}")
+            return
         for i in range(args.rounds):
             for variant, loss in candidates[:: 1 if i % 2 == 0 else -1]:
                 job = {**shape, "student": student, "teacher": teacher, "variant": variant, "loss": loss}

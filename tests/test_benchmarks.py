@@ -230,6 +230,30 @@ def test_a_candidate_that_fails_costs_no_other(monkeypatch, tmp_path, capsys):
     assert "okd, ours: FAILED: out of memory" in capsys.readouterr().out
 
 
+def test_candidates_beside_another_have_its_time(monkeypatch, tmp_path, capsys):
+    """Cores change hands, and ratios are of what ran at the same time."""
+    seen, speed = [], {"forward_kd": 2.0, "okd": 3.0, "okd:online_layers=0.5": 1.0}
+
+    def job(module, job):
+        seen.append((job["variant"], job["core"]))
+        slow = 1.0 + 9.0 * (len(seen) > 4)  # the machine, in the second round
+        steps = {name: [slow * speed[job["variant"]]] * 2 for name in ("step_s", "before_s", "loss_s", "epochs_s")}
+        return {**steps, "tokens": [18, 18], "peak_bytes": 2**20, "cache_bytes": 0}
+
+    monkeypatch.setattr(step, "subprocess_job", job)
+    monkeypatch.setattr(step.os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    models = ("--teacher", "llama-tiny", "--student", "llama-tiny", "--device", "cpu", "--output")
+    methods = ("--methods", "forward_kd", "okd", "okd:online_layers=0.5", "--beside", "forward_kd", "--rounds", "2")
+    step.main([*models, str(tmp_path / "step.json"), *methods])
+    found = json.loads((tmp_path / "step.json").read_text())["results"]
+    assert {row["variant"]: row["ratios"]["step"] for row in found} == {
+        "okd": [1.5, 1.5],
+        "okd:online_layers=0.5": [0.5, 0.5],
+    }
+    assert {core for variant, core in seen if variant == "okd"} == {3, 5}
+    assert "okd / forward_kd: step 1.500, epochs 1.500, peak 1.000" in capsys.readouterr().out
+
+
 # --- methods ---
 
 
