@@ -16,4 +16,4 @@ timeout -k 5 80 "$python" -m benchmarks.tune --output "$results/gpu-tune.json"
 timeout -k 5 160 "$python" -m benchmarks.loss --device cuda --preset "llama-1b<-8b" --divergence okd,forward_kl,jsd \
     --workspace-mib 2048 --repeats 3 --output "$results/gpu-loss.json"
 timeout -k 5 180 "$python" -m benchmarks.step --device cuda --batch-size 8 --length 512 --rounds 1 --steps 3 --warmup 1 \
-    --methods forward_kd okd gkd:student_share=1.0 --eager --output "$results/gpu-step.json"
+    --methods forward_kd okd forward_kd:teacher_cache=new okd:online_layers=0.125,teacher_cache=new --eager --output "$results/gpu-step.json"

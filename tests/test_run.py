@@ -657,4 +657,4 @@ def test_traceback_on_request(folder, tmp_path, monkeypatch):
 
 
 def test_every_command_is_documented():
-    assert set(cli.COMMANDS) == {"demo", "train", "plan", "evaluate", "generate", "env"}
+    assert set(cli.COMMANDS) == {"demo", "train", "plan", "cache", "evaluate", "generate", "env"}
