@@ -60,7 +60,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ("forward_kd", "reverse_kd", "okd", "okd packed", "okd checkpointed")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c not in FAST)) for c in CASES])
 def test_cached_is_uncached(tmp_path, case):
     method, options = case.replace(",", "").split()[0], CASES[case]
     expected = trainer_of(tmp_path, "uncached", method, **options)
@@ -333,6 +336,7 @@ def cached(root, *options, method="forward_kd", command="cache"):
     return [command, *words[1:]]
 
 
+@pytest.mark.slow
 def test_okd_cache(tmp_path, monkeypatch, capsys):
     """Afterwards `okd train` needs no weights of the teacher, but what is new brings them back."""
     tiny.save_inputs(tmp_path)
