@@ -248,8 +248,8 @@ def test_non_salient_weights_need_data_to_be_found(tmp_path):
 # --- when the teacher learns ---
 
 
-def test_the_teacher_waits_until_online_start(tmp_path):
-    run = trainer(tmp_path, method="okd", online_start=0.5, max_steps=6, warmup_steps=0)
+def watched(run):
+    """Train it: which sides moved at each step, and whether the teacher's rows had a graph."""
     forward, graphs = run.pair.teacher_rows, []
 
     def teacher_rows(batch):
@@ -261,7 +261,13 @@ def test_the_teacher_waits_until_online_start(tmp_path):
     recorder = Recorder(run.pair)
     run.add_callback(recorder)
     run.train()
-    assert recorder.moved() == ["s", "s", "s", "st", "st", "st"]
+    return recorder.moved(), graphs
+
+
+def test_the_teacher_waits_until_online_start(tmp_path):
+    run = trainer(tmp_path, method="okd", online_start=0.5, max_steps=6, warmup_steps=0)
+    moved, graphs = watched(run)
+    assert moved == ["s", "s", "s", "st", "st", "st"]
     entries = [e for e in run.state.log_history if "student_loss" in e]
     assert ["teacher_loss" in e for e in entries] == [False] * 3 + [True] * 3
     assert all(e["online_learning_rate"] == e["learning_rate"] for e in entries)
@@ -281,18 +287,8 @@ def test_the_teacher_waits_until_online_start(tmp_path):
 def test_the_teacher_moves_at_some_steps_only(options, moved, tmp_path):
     """At the others it has no graph, and neither AdamW's momentum nor a logged gradient of an earlier step."""
     run = trainer(tmp_path, method="okd", max_steps=7, warmup_steps=0, lr_scheduler_type="constant", **options)
-    forward, graphs = run.pair.teacher_rows, []
-
-    def teacher_rows(batch):
-        rows = forward(batch)
-        graphs.append(rows.requires_grad)
-        return rows
-
-    run.pair.teacher_rows = teacher_rows
-    recorder = Recorder(run.pair)
-    run.add_callback(recorder)
-    run.train()
-    assert recorder.moved() == moved
+    found, graphs = watched(run)
+    assert found == moved
     assert sum(graphs) == moved.count("st")
     entries = [e for e in run.state.log_history if "student_loss" in e]
     assert ["teacher_loss" in e for e in entries] == ["teacher_grad_norm" in e for e in entries]
