@@ -15,6 +15,7 @@ from okd import OKDTrainer, loading, run
 from okd.cache import MANIFEST, TeacherCache, read_manifest
 from okd.cli import main
 from okd.encoding import encode
+from okd.filling import fill
 from okd.layers import first_trainable_layer
 
 
@@ -396,3 +397,28 @@ def test_killed_by_the_system(tmp_path):
     whole = TeacherCache(tmp_path / "cache", manifest)
     rows = encode(tiny.examples(4000), tiny.tokenizer(), max_length=512).rows
     assert not whole.missing(rows)
+
+
+def test_rows_of_one_text_are_told_apart_by_what_is_learned(tmp_path):
+    """At the top, where states of response tokens alone are kept; below it they are the same."""
+    ids = list(range(2, 12))
+    rows = [{"id": str(n), "input_ids": ids, "labels": [-100] * n + ids[n:]} for n in (3, 6)]
+    for method, options, count in (("forward_kd", {}, 2), ("okd", {"online_layers": 0.5}, 1)):
+        cache = tmp_path / f"{method}-cache"
+        trainer = trainer_of(tmp_path, method, method, teacher_cache=str(cache), **options)
+        assert len(trainer.cache.missing(rows)) == count
+        fill(
+            *(trainer.cache, trainer.pair.teacher, rows, trainer.args, tiny.EOS),
+            inside=lambda work: work(),
+            autocast=trainer.accelerator.autocast,
+        )
+        lengths = [len(trainer.cache.entry(row)["states"]) for row in rows]
+        assert lengths == ([7, 4] if method == "forward_kd" else [10, 10])
+
+
+def test_no_memory_is_no_refusal(tmp_path):
+    trainer = trainer_of(tmp_path, "run", "okd", online_layers=0.5, teacher_cache=str(tmp_path / "cache"))
+    layer = trainer.teacher.get_base_model().model.layers[0]
+    layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.fill_cache()
