@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from okd.chat import IGNORE
 from okd.data import Batch, Row, start_of_response
@@ -38,7 +37,6 @@ from okd_kernels import LinearHead
 
 MANIFEST, STATES, HEAD, HELD_OUT = "cache.json", "states", "head.safetensors", "held-out"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -296,7 +294,6 @@ class TeacherCache:
 
     def write_manifest(self, **changes: Any) -> None:
         self.manifest = replace(self.manifest, **changes)
-        self.directory.mkdir(parents=True, exist_ok=True)
         write_whole(self.directory / MANIFEST, json.dumps(asdict(self.manifest), indent=1))
 
     def write_head(self, head: LinearHead) -> None:

@@ -116,7 +116,7 @@ def with_cache(teacher: Any, options: Any, tokenizer: Any, files: str | None) ->
     """The teacher and its cache, where the options name one: a frozen teacher is its stored states, if those are of its
     last layer.
 
-    Raises ValueError as `TeacherCache.of` does, and for several teachers.
+    Raises ValueError as `TeacherCache.of` and `Stored` do.
     """
     if options.teacher_cache is None:
         return teacher, None

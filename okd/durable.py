@@ -141,7 +141,7 @@ def writing(path: Path, run: Path) -> Iterator[None]:
         if refusal is None:
             raise
         raise OSError(
-            f"{path}: expected to write it; got {refusal[0]} ({_free(run) / 2**20:,.0f} MiB are free "
+            f"{path}: expected to write it; got {refusal[0]} ({free_bytes(run) / 2**20:,.0f} MiB are free "
             f"there): make room, and --resume {_goes_on(last_checkpoint(run))}"
         ) from error
 
@@ -155,7 +155,8 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(temporary, path)
 
 
-def _free(path: Path) -> int:
+def free_bytes(path: Path) -> int:
+    """Where it is, or will be."""
     return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
 
 

@@ -5,7 +5,6 @@ A process that is killed loses the last minutes alone (`okd.store`); the next on
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -22,6 +21,7 @@ from transformers.utils import logging
 from okd.answers import batches
 from okd.cache import DTYPES, Missing, TeacherCache, as_read, plain_head
 from okd.data import Batch, Collator, Packed, Row, on_device
+from okd.durable import free_bytes
 from okd.layers import states_entering
 from okd.models import device_of, evaluating, hidden_states, relative_error, response_rows
 from okd.sharding import most, ranks
@@ -76,8 +76,7 @@ def fill(
 
 
 def _check_room(cache: TeacherCache, missing: Sequence[Missing]) -> None:
-    directory, size = cache.directory.absolute(), sum(one.kept for one in missing) * cache.manifest.bytes_a_token
-    free = shutil.disk_usage(next(p for p in (directory, *directory.parents) if p.exists())).free
+    size, free = sum(one.kept for one in missing) * cache.manifest.bytes_a_token, free_bytes(cache.directory)
     if size > free:
         raise OSError(
             f"{cache.directory}: expected {size / 2**30:.2f} GiB of room, {cache.manifest.bytes_a_token:,} bytes a "
@@ -195,10 +194,11 @@ class Filling:
     pair: Any
     tokenizer: Any
     train_dataset: Any
+    _filled_with: Any = False  # the rows that it has: a command fills before it measures, a training as it begins
 
     def fill_cache(self) -> None:
         """With all rows of the run; what has none of them is of other data from then on."""
-        if self.cache is None:
+        if self.cache is None or self._filled_with is self.train_dataset:
             return
         train = self.train_dataset.rows if isinstance(self.train_dataset, Packed) else self.train_dataset or ()
         self._fill(self.cache, train, of_its_data=True)
@@ -209,6 +209,7 @@ class Filling:
             for cache in (self.cache, self.cache.held_out):
                 if not cache.manifest.is_complete:  # one that is read alone may lie where nobody writes
                     cache.write_manifest(is_complete=True)
+        self._filled_with = self.train_dataset
 
     def fill_held_out(self, rows: Sequence[Row]) -> None:
         """Before these rows are evaluated."""

@@ -116,16 +116,13 @@ def _part(decoder: Any, made: Mapping[int, Callable[[Tensor], Tensor]]) -> Any:
 def _finds_tuple(decoder: Any, layer: nn.Module) -> bool:
     found: list[Any] = []
     handle = layer.register_forward_hook(lambda module, args, output: found.append(output))
+    device = decoder.get_input_embeddings().weight.device
     try:
         with torch.no_grad():
-            decoder(input_ids=torch.ones(1, 2, dtype=torch.long, device=_device_of(decoder)), use_cache=False)
+            decoder(input_ids=torch.ones(1, 2, dtype=torch.long, device=device), use_cache=False)
     finally:
         handle.remove()
     return isinstance(found[0], tuple)
-
-
-def _device_of(decoder: Any) -> torch.device:
-    return decoder.get_input_embeddings().weight.device
 
 
 def _unchanged(x: Tensor) -> Tensor:

@@ -106,11 +106,8 @@ def files_of(config: ModelOptions, args: Any, sources: Mapping[str, str]) -> str
     without a teacher's cache, or where they are not found on this machine."""
     if args.teacher_cache is None or not sources:
         return None
-    given, digest, source = (
-        _given_options(config, "teacher"),
-        hashlib.blake2b(digest_size=16),
-        next(iter(sources.values())),
-    )
+    given, source = _given_options(config, "teacher"), next(iter(sources.values()))
+    digest = hashlib.blake2b(digest_size=16)
     how = config.teacher_dtype or config.dtype, config.teacher_quantization, config.quantization_library, given
     digest.update(repr((how, _adapter_mode(config))).encode())
     while True:
@@ -134,11 +131,15 @@ def _sample(path: Path, digest: Any) -> None:
             digest.update(file.read(SAMPLE))
 
 
+def _is_copied(config: ModelOptions) -> bool:
+    """The student is made of another model's weights."""
+    return config.student is None or config.student_layers is not None
+
+
 def stored_states(config: ModelOptions, args: Any, files: str | None) -> TeacherCache | None:
     """The cache that serves in place of a frozen teacher's body; None where the teacher has to be loaded."""
     manifest = None if args.teacher_cache is None or args.online else read_manifest(Path(args.teacher_cache))
-    copied = config.student is None or config.student_layers is not None
-    if manifest is None or copied or files is None or manifest.files != files:
+    if manifest is None or _is_copied(config) or files is None or manifest.files != files:
         return None
     return TeacherCache(Path(args.teacher_cache), manifest) if manifest.is_last and manifest.is_complete else None
 
@@ -164,8 +165,7 @@ def load_models(
 ) -> tuple[Any, Any, Any, list[Any]]:
     """(student, teacher, tokenizer, the teachers' tokenizers), which agree. The teacher `is_stored`: a shape without
     weights."""
-    copied = config.student is None or config.student_layers is not None
-    with loaded_whole() if copied else nullcontext():  # parts of ZeRO-3 cannot be copied
+    with loaded_whole() if _is_copied(config) else nullcontext():  # parts of ZeRO-3 cannot be copied
         return _load_models(config, args, sources, is_stored)
 
 

@@ -203,7 +203,7 @@ def test_what_was_killed_goes_on(tmp_path, monkeypatch):
 
 
 def test_no_room(tmp_path, monkeypatch):
-    monkeypatch.setattr("okd.filling.shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    monkeypatch.setattr("okd.durable.shutil.disk_usage", lambda path: SimpleNamespace(free=100))
     trainer = trainer_of(tmp_path, "run", "forward_kd", teacher_cache=str(tmp_path / "cache"))
     with pytest.raises(OSError, match=r"expected .* GiB of room, 192 bytes a token; got 0.00.*bfloat16"):
         trainer.train()
