@@ -9,9 +9,10 @@ evaluation, and includes generating.
 Steps are compared as steps of the student. Where student and online module learn in turns (clda), the student has every
 other one, so that such a method takes twice as many; its learning-rate schedule is fitted to those.
 
-A method may carry options: `okd:teacher_kl_weight=0.9,online_learning_rate=5e-5`. Each (method, seed, steps) is a
-process of its own, so that its memory is its own, and its result a line of results.jsonl: a run that was killed goes on
-where it was, and more methods or seeds can be added. `--dry-run` times a few steps of each and estimates the rest.
+A method may carry options: `okd:teacher_kl_weight=0.9,online_learning_rate=5e-5`. One with `teacher_cache=new` fills a
+cache of its own before its first step, in its training time. Each (method, seed, steps) is a process of its own, so
+that its memory is its own, and its result a line of results.jsonl: a run that was killed goes on where it was, and more
+methods or seeds can be added. `--dry-run` times a few steps of each and estimates the rest.
 
 The paper's protocol fine-tunes the teacher on the training data first (`--tune-teacher`: steps of LoRA SFT, merged),
 and its students are pre-trained models: a student that has lost layers is mended first (`--tune-student`: steps, by
@@ -109,6 +110,8 @@ def training_arguments(job: dict[str, Any], folder: str, method: MethodLike, ste
         "disable_tqdm": True,
         "use_cpu": job["device"] == "cpu",
     }
+    if "teacher_cache" in options:  # each training fills its own, which counts as its time
+        options = {**options, "teacher_cache": f"{folder}/cache"}
     return OKDConfig(**{**common, **read_by(method, options, parse_options(job["set"])), **options})
 
 
@@ -256,9 +259,11 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         trainer = OKDTrainer(student, given, args, data, rows, processing_class=tokenizer, callbacks=[curve, clock])
         reset_peak(job["device"])
         trainer.train()
+        step = statistics.fmean(clock.steps[1:] or clock.steps)  # the first allocates
         result: dict[str, Any] = {
             "train_s": sum(clock.steps),
-            "step_s": statistics.fmean(clock.steps[1:] or clock.steps),  # the first allocates
+            "step_s": step,
+            "filling_s": clock.steps[0] - step if trainer.cache is not None else 0.0,
             "generating_share": sum(clock.before) / sum(clock.steps),
             "peak_bytes": peak_bytes(job["device"]),
         }
@@ -355,23 +360,24 @@ def wall_clock_plan(results: Results, args: argparse.Namespace) -> dict[str, Any
     path = results.path.with_name("plan.json")
     plans = json.loads(path.read_text()) if path.is_file() else {}
     name = f"{args.steps} steps, {f'{args.seconds:g} s' if args.seconds else f'time of {args.methods[0]}'}"
-    times = {}
+    times: dict[str, tuple[float, float]] = {}  # of a step, and of filling a cache before the first
     for variant in args.methods:
         if "steps" in args.budgets:
             steps = steps_of(results.settings, variant, args.steps)
             runs = [results.get("train", variant, seed, steps) for seed in args.seeds]
         else:
             runs = [results.run("probe", variant, 0, PROBE_STEPS)]
-        taken = [run["step_s"] for run in runs if run is not None]
+        taken = [(run["step_s"], run.get("filling_s", 0.0)) for run in runs if run is not None]
         if taken:
-            times[variant] = statistics.fmean(taken)
-    if not args.seconds and args.methods[0] not in times:
-        return None
+            step, filling = map(statistics.fmean, zip(*taken, strict=True))
+            times[variant] = step, filling
     first = args.methods[0]
-    reference = args.seconds or times[first] * steps_of(results.settings, first, args.steps)
+    if not args.seconds and first not in times:
+        return None
+    reference = args.seconds or times[first][0] * steps_of(results.settings, first, args.steps) + times[first][1]
     plan = plans.setdefault(name, {"seconds": reference, "steps": {}})
-    for variant, seconds in times.items():
-        plan["steps"].setdefault(variant, max(1, round(plan["seconds"] / seconds)))
+    for variant, (step, filling) in times.items():
+        plan["steps"].setdefault(variant, max(1, round((plan["seconds"] - filling) / step)))
     path.write_text(json.dumps(plans, indent=1))
     return plan
 

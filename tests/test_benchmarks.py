@@ -277,6 +277,7 @@ def jobs(monkeypatch):
         result = json.loads(json.dumps(methods.JOBS[job["kind"]](job)))
         if "step_s" in result:
             result["step_s"] = 0.1 if job["variant"].startswith("okd") else 0.05
+            result["filling_s"] = 0.15 if result["filling_s"] > 0 else 0.0
         return result
 
     monkeypatch.setattr(methods, "subprocess_job", in_process)
@@ -391,11 +392,13 @@ def test_a_dry_run_times_each_method_and_trains_none(folder, tmp_path, jobs, cap
 
 
 @pytest.mark.slow
-def test_time_alone_is_planned_from_probes(folder, tmp_path, jobs):
-    options = ("--methods", "okd", "sft", "--seconds", "0.4", "--seeds", "1", "--budgets", "time")
+def test_time_alone_is_planned_from_probes_and_a_cache_pays_for_its_filling(folder, tmp_path, jobs):
+    cached = "forward_kd:teacher_cache=new"
+    options = ("--methods", "okd", "sft", cached, "--seconds", "0.4", "--seeds", "1", "--budgets", "time")
     compare(folder, tmp_path, *options)
     assert [job for job in jobs if job[0] != "baseline"][1:] == [
-        ("probe", "okd", 0, 5), ("probe", "sft", 0, 5), ("train", "okd", 0, 4), ("train", "sft", 0, 8),
+        ("probe", "okd", 0, 5), ("probe", "sft", 0, 5), ("probe", cached, 0, 5),
+        ("train", "okd", 0, 4), ("train", "sft", 0, 8), ("train", cached, 0, 5),
     ]  # fmt: skip
 
 
