@@ -79,6 +79,7 @@ from okd.online import distance_from_base
 DEFAULT_METHODS = ("okd", "sft", "forward_kd", "gkd")
 TEACHER_RANK = 16  # of the LoRA that `--tune-teacher` merges
 PROBE_STEPS = 5  # that time a method; the first is left out, the others are as many odd as even ones
+EVAL_BATCH = 32
 SETTINGS = (  # what all lines of a results.jsonl have in common
     "train_file", "eval_file", "labelled", "threads", "teacher", "student", "student_layers",
     "tune_teacher", "tune_student", "tune_student_method", "batch_size", "max_length", "learning_rate", "set", "device",
@@ -196,10 +197,14 @@ def held_out(job: dict[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def quality(job: dict[str, Any], student: Any, teacher: Any, tokenizer: Any) -> dict[str, Any]:
-    """All metrics of `okd.evaluate` on the held-out examples."""
+    """All metrics of `okd.evaluate` on the held-out examples, `rouge_l` of greedy answers; and of sampled ones."""
     rows = held_out(job, tokenizer)[: job["eval_examples"]]
-    sizes = {"generate": job["answers"], "max_new_tokens": job["max_new_tokens"], "seeds": job["answer_seeds"]}
-    return evaluate(student, teacher, tokenizer, rows, progress=False, **sizes)[0]
+    options = {"max_new_tokens": job["max_new_tokens"], "batch_size": EVAL_BATCH, "progress": False}
+    metrics: dict[str, Any] = evaluate(student, teacher, tokenizer, rows, generate=job["answers"], **options)[0]
+    if job["answer_seeds"] > 1:
+        sampled = evaluate(student, None, tokenizer, rows[: job["answers"]], seeds=job["answer_seeds"], **options)[0]
+        metrics["sampled_rouge_l"] = sampled["rouge_l"]
+    return metrics
 
 
 def curve_point(student: Any, teacher: Any, rows: list[dict[str, Any]], tokenizer: Any) -> list[float]:
@@ -440,8 +445,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--learning-rate", type=float, default=2e-4)
     add("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="of OKDConfig, for all that read it, tuning too")
     add("--eval-examples", type=int, default=64, help="held-out examples of the tables")
-    add("--answers", type=int, default=32, help="of these, answered for ROUGE-L")
-    add("--answer-seeds", type=int, default=1, help="1: greedy; more: sampled answers of so many seeds")
+    add("--answers", type=int, default=32, help="of these, answered greedily for ROUGE-L")
+    add("--answer-seeds", type=int, default=0, help="2 or more: also answers sampled at T = 1, of so many seeds")
     add("--max-new-tokens", type=int, default=32)
     add("--curve-examples", type=int, default=32, help="held-out examples of the curves")
     add("--curve-points", type=int, default=3)

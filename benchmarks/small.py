@@ -26,7 +26,7 @@ PREFIX = "small:"  # of a model's name, WIDTHxLAYERS
 OPTIONS: dict[str, Any] = {  # of `benchmarks.methods --preset small`, where they are not given
     "teacher": f"{PREFIX}96x4", "student": f"{PREFIX}48x2", "tune_teacher": 800, "threads": 1, "batch_size": 16,
     "max_length": 80, "learning_rate": 2e-3, "eval_examples": 300, "curve_examples": 300, "answers": 300,
-    "max_new_tokens": 24, "curve_points": 6,
+    "answer_seeds": 5, "max_new_tokens": 24, "curve_points": 6,
 }  # fmt: skip
 VOCAB_SIZE, END = 2048, "<|end|>"
 HEAD_SIZE = 16

@@ -10,6 +10,7 @@ from typing import Any
 
 COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], float | None], str]] = {  # title, of a result, format
     "rouge_l": ("ROUGE-L", lambda r: r["metrics"]["rouge_l"], ".2f"),
+    "sampled_rouge_l": ("sampled ROUGE-L", lambda r: r["metrics"].get("sampled_rouge_l"), ".2f"),
     "forward_kl": ("KL(p‖q)", lambda r: r["metrics"]["forward_kl"], ".4f"),
     "reverse_kl": ("KL(q‖p)", lambda r: r["metrics"]["reverse_kl"], ".4f"),
     "top1_agreement": ("top-1 %", lambda r: 100 * r["metrics"]["top1_agreement"], ".1f"),
@@ -23,7 +24,7 @@ COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], float | None], str]] = 
     "generating": ("gen. %", lambda r: 100 * r["generating_share"], ".0f"),
     "peak": ("MiB", lambda r: r["peak_bytes"] / 2**20, ".0f"),
 }
-COMPARED = ("ce", "rouge_l", "forward_kl", "top1_agreement")  # whose paired differences are told
+COMPARED = ("ce", "rouge_l", "sampled_rouge_l", "forward_kl", "top1_agreement")  # whose paired differences are told
 REFERENCE = "forward_kd"
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 degrees of freedom
 
@@ -95,7 +96,7 @@ def _cell(mean: float | None, deviation: float | None, form: str) -> str:
 
 def table(title: str, rows: dict[str, list[dict[str, Any]]], baselines: dict[str, dict[str, Any]]) -> str:
     """Markdown; a row for each method, mean ± deviation over its seeds."""
-    with_deviation = ("rouge_l", "forward_kl", "reverse_kl", "top1_agreement", "ce")
+    with_deviation = ("rouge_l", "sampled_rouge_l", "forward_kl", "reverse_kl", "top1_agreement", "ce")
     lines = [
         f"{title}\n",
         "| " + " | ".join(["method", "seeds", *(t for t, _, _ in COLUMNS.values())]) + " |",

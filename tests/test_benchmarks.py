@@ -294,6 +294,10 @@ def compare(folder, output, *options):
     methods.main([*arguments, *options])
 
 
+def settings_of(output):
+    return {**json.loads((output / "settings.json").read_text()), "output_dir": str(output)}
+
+
 @pytest.mark.slow
 def test_methods_are_compared_from_one_start_under_both_budgets_and_a_run_goes_on(folder, tmp_path, jobs, capsys):
     options = ("--methods", "okd", "sft", "--steps", "5", "--curve-points", "2")
@@ -335,6 +339,10 @@ def test_methods_are_compared_from_one_start_under_both_budgets_and_a_run_goes_o
     rows = encode(tiny.examples(12, seed=9), tiny.tokenizer(), max_length=256).rows
     metrics, _ = evaluate(student, teacher, tiny.tokenizer(), rows, generate=4, max_new_tokens=4, progress=False)
     assert start["metrics"] == pytest.approx(metrics)
+    job = {**settings_of(tmp_path), "answers": 4, "answer_seeds": 2}
+    both = methods.quality(job, student, teacher, tiny.tokenizer())
+    sampled, _ = evaluate(student, None, tiny.tokenizer(), rows[:4], seeds=2, max_new_tokens=4, progress=False)
+    assert both == pytest.approx(start["metrics"] | {"sampled_rouge_l": sampled["rouge_l"]})
 
     with pytest.raises(SystemExit, match="holds other settings"):
         compare(folder, tmp_path, *options, "--batch-size", "2")
@@ -413,7 +421,7 @@ def test_a_method_in_turns_is_compared_at_equal_steps_of_the_student(folder, tmp
     ]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary["tables"]) == ["Equal steps: 2", "Equal training time: 0.2 s"]
-    settings = {**json.loads((tmp_path / "settings.json").read_text()), "output_dir": str(tmp_path)}
+    settings = settings_of(tmp_path)
     for variant, steps in (
         ("okd", 12), ("clda", 24), ("okd:alternating=True", 24), ("clda:alternating=False", 12),
         ("clda:online_start=0.5", 16),  # 8 alone, 8 in turns
