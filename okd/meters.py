@@ -137,7 +137,7 @@ class Logging:
     meters: Meters
     log_file: LogFile
     _last_batch: Batch | None
-    _teacher_norm: Tensor | None
+    _norms: dict[str, Tensor]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Per-token losses and statistics of all ranks since the last entry, the distance from the teacher as it was,
@@ -150,8 +150,8 @@ class Logging:
             if self.args.online and self.optimizer is not None:
                 rate, own = self.args.learning_rate, self.optimizer.param_groups[-1]["initial_lr"]
                 logs["online_learning_rate"] = logs["learning_rate"] * (own / rate) if rate else own
-                if self._teacher_norm is not None:
-                    logs["teacher_grad_norm"], self._teacher_norm = self._teacher_norm.item(), None
+                if "teacher" in self._norms:
+                    logs["teacher_grad_norm"] = self._norms.pop("teacher").item()
         super().log(logs, start_time)  # type: ignore[misc]
         if self.args.process_index == 0:
             self.log_file.write(self.state.log_history[-1])

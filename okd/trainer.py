@@ -138,7 +138,7 @@ class OKDTrainer(Logging, Evaluation, Filling, Checkpointing, Sharded, Hub, Dura
         self.meters, self.log_file = Meters(), LogFile(Path(str(args.output_dir)))
         self._step: list[tuple[list[str], DistillationLoss]] = []  # ids and losses of the micro-batches of a step
         self._last_batch: Batch | None = None
-        self._teacher_norm: Tensor | None = None
+        self._norms: dict[str, Tensor] = {}
         logger.warning(describe_parameters(student, teacher))
 
     @property
@@ -193,9 +193,9 @@ class OKDTrainer(Logging, Evaluation, Filling, Checkpointing, Sharded, Hub, Dura
             side: whole(nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm))
             for side, parameters in self.pair.sides().items()
         }
-        if self.pair.teacher_objective is not None:  # else that of the last step at which it learned
-            self._teacher_norm = norms["teacher"]
-        return norms["student"]
+        learns = {"student": self.pair.student_learns, "teacher": self.pair.teacher_objective is not None}
+        self._norms |= {side: norm for side, norm in norms.items() if learns[side]}  # else that of its last step
+        return self._norms.get("student", norms["student"])
 
     def before_update(self) -> None:
         """Stop at a loss that is not finite, once a step; and leave sides alone that do not learn."""

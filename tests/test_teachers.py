@@ -316,12 +316,13 @@ def test_a_step_without_learning_is_that_of_a_frozen_teacher(tmp_path):
     assert all(p.grad is None for p in run.pair.teacher.parameters())
 
 
-def test_the_gradient_norm_that_is_logged_is_of_the_last_step_at_which_the_teacher_learned(tmp_path):
-    """Entries of two steps each, the second of which it sits out."""
-    run = trainer(tmp_path, method="okd", online_every=2, max_steps=4, logging_steps=2, logging_first_step=False)
+@pytest.mark.parametrize("options", [{"method": "okd", "online_every": 2}, {"method": "clda"}])
+def test_the_gradient_norms_that_are_logged_are_of_each_sides_last_step(options, tmp_path):
+    """Entries of two steps each, the second of which one side sits out: the teacher, or the student (in turns)."""
+    run = trainer(tmp_path, **options, max_steps=4, logging_steps=2, logging_first_step=False)
     run.train()
-    norms = [e["teacher_grad_norm"] for e in run.state.log_history if "student_loss" in e]
-    assert len(norms) == 2 and all(norm > 0 for norm in norms)
+    entries = [e for e in run.state.log_history if "student_loss" in e]
+    assert len(entries) == 2 and all(e["grad_norm"] > 0 and e["teacher_grad_norm"] > 0 for e in entries)
 
 
 def test_a_loss_of_some_steps_is_averaged_over_those(tmp_path):
