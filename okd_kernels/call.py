@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from okd_kernels.columns import Columns
 from okd_kernels.divergences import DIVERGENCES, Objective
 from okd_kernels.heads import LinearHead
 
@@ -63,10 +64,17 @@ class Spec(NamedTuple):
     backend: str  # "torch" or "triton"
     group: str  # name of the process group that shares the vocabulary; "": none
     compact: bool
+    backward_share: float  # of the columns, in the backward GEMMs
+    backward_bound: float  # of dX's relative error; 0: none
+    exact_head: bool
     per_token: (
         bool  # gradients are made in backward, from the upstream of the losses; otherwise from that of the totals
     )
     wanted: str  # names of the operands whose gradients are wanted, by commas
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.backward_share, self.backward_bound, self.exact_head)
 
     @property
     def objectives(self) -> tuple[Objective, Objective | None]:

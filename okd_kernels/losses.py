@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from okd_kernels.call import check_objectives, check_sparse_targets, check_tail, common_shape, shared_vocab
+from okd_kernels.columns import Columns
 from okd_kernels.divergences import Objective
 from okd_kernels.heads import LinearHead
 from okd_kernels.problem import CallSide, DistillationLoss, Tokens, solve
@@ -36,6 +37,8 @@ def linear_distillation_loss(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     compact: bool = True,
+    backward_columns: float | str | None = None,
+    exact_head: bool = False,
     workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> DistillationLoss:
@@ -90,6 +93,7 @@ def linear_distillation_loss(
         target_mix=target_mix,
         group=group,
         compact=compact,
+        columns=Columns.of(backward_columns, exact_head),
         workspace_bytes=workspace_bytes,
         backend=backend,
     )
@@ -133,6 +137,7 @@ def distillation_loss(
         target_mix=target_mix,
         group=group,
         compact=compact,
+        columns=Columns(),
         backend=backend,
     )
 
@@ -155,6 +160,8 @@ def linear_sparse_distillation_loss(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     compact: bool = True,
+    backward_columns: float | str | None = None,
+    exact_head: bool = False,
     workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> DistillationLoss:
@@ -202,6 +209,7 @@ def linear_sparse_distillation_loss(
         target_mix=target_mix,
         group=group,
         compact=compact,
+        columns=Columns.of(backward_columns, exact_head),
         workspace_bytes=workspace_bytes,
         backend=backend,
     )

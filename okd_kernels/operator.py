@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from okd_kernels.call import Operands, Spec, check_labels
+from okd_kernels.columns import METRICS as COLUMN_METRICS
 from okd_kernels.engine import run_chunks
 from okd_kernels.rows import METRICS, finish
 from okd_kernels.sharding import Vocabulary, shared_vocabulary
@@ -29,7 +30,8 @@ SCHEMA = (
     "Tensor row_weights, Tensor inverse_normalizer, "
     "str student, float[] student_numbers, str teacher, float[] teacher_numbers, float[] head_numbers, "
     "ScalarType student_dtype, ScalarType teacher_dtype, str tail, float target_mix, float temperature, "
-    "SymInt vocab_size, int ignore_index, int workspace_bytes, str backend, str group, bool compact, bool per_token, "
+    "SymInt vocab_size, int ignore_index, int workspace_bytes, str backend, str group, bool compact, "
+    "float backward_share, float backward_bound, bool exact_head, bool per_token, "
     "str wanted) -> (Tensor student_total, Tensor teacher_total, Tensor student_losses, Tensor teacher_losses, "
     "Tensor metrics, Tensor[] gradients)"
 )
@@ -40,7 +42,7 @@ class Outputs(NamedTuple):
     teacher_total: Tensor
     student_losses: Tensor  # (N,)
     teacher_losses: Tensor
-    metrics: Tensor  # (N, len(METRICS)), and of sparse targets len(SPARSE_METRICS) more
+    metrics: Tensor  # (N, len(metric_names(spec)))
     gradients: list[Tensor]  # of the totals, with respect to the operands `Spec.wanted`, in that order
 
 
@@ -112,9 +114,9 @@ def _distil(*arguments: Any) -> Outputs:
         target = MixedTarget(target, spec.target_mix)
 
     row_labels, factors = None if labels is None else counted(labels), counted(operands.row_weights)
-    n, n_metrics = len(operands.row_weights), len(METRICS) + (len(SPARSE_METRICS) if spec.tail else 0)
+    n, names = len(operands.row_weights), metric_names(spec)
     losses = factors.new_zeros(len(factors), 2, dtype=dtype)
-    metrics = factors.new_zeros(len(factors), n_metrics, dtype=dtype)
+    metrics = factors.new_zeros(len(factors), len(names), dtype=dtype)
     if row_labels is not None:  # where a label is no token, a row's gradients are as little worth as its loss
         factors = factors.masked_fill((row_labels >= vocabulary.whole).unsqueeze(1), torch.nan)
     mass = sparse.mass if sparse is not None and spec.tail == "none" else None
@@ -138,11 +140,14 @@ def _distil(*arguments: Any) -> Outputs:
             )
             options = (spec.objectives, spec.temperature, vocabulary.whole, mass)
             losses, metrics[:, : len(METRICS)] = finish(statistics, values.to(dtype), row_labels, *options)
-            if sparse is not None:
-                masses = sparse.masses(statistics)
+            more = [] if sparse is None else [sparse.masses(statistics)]
+            if not (spec.columns.all or spec.per_token):
+                more += [m.of_columns().expand(len(losses), -1) for m in models if m.side.objective is not None]
+            if more:
+                others = torch.cat(more, 1).to(dtype)
                 if row_labels is not None:
-                    masses = masses.masked_fill((row_labels < 0).unsqueeze(1), 0)
-                metrics[:, len(METRICS) :] = masses
+                    others = others.masked_fill((row_labels < 0).unsqueeze(1), 0)
+                metrics[:, len(METRICS) :] = others
     if kept is not None:
         losses, metrics = (x.new_zeros(n, x.shape[1]).index_copy_(0, kept, x) for x in (losses, metrics))
     weights = operands.row_weights if labels is None else operands.row_weights.masked_fill((labels < 0).unsqueeze(1), 0)
@@ -151,6 +156,13 @@ def _distil(*arguments: Any) -> Outputs:
     # Outputs of an operator must not alias.
     student_total, teacher_total, student, teacher = (x[..., i].clone() for x in (totals, losses) for i in (0, 1))
     return Outputs(student_total, teacher_total, student, teacher, metrics, [found[name] for name in wanted(spec)])
+
+
+def metric_names(spec: Spec) -> tuple[str, ...]:
+    sides = ("student", "teacher") if spec.teacher else ("student",)
+    known = not (spec.columns.all or spec.per_token)  # per token, gradients are made in backward
+    columns = tuple(f"{side}_{name}" for side in sides for name in COLUMN_METRICS) if known else ()
+    return *METRICS, *(SPARSE_METRICS if spec.tail else ()), *columns
 
 
 def wanted(spec: Spec) -> list[str]:
@@ -165,7 +177,7 @@ distil = torch.library.custom_op("okd_kernels::distil", _distil, mutates_args=()
 def _(*arguments: Any) -> Outputs:
     operands, spec = arguments_of(arguments)
     dtype, x = wide(spec.student_dtype, spec.teacher_dtype), operands.student_hidden
-    n_metrics = len(METRICS) + (len(SPARSE_METRICS) if spec.tail else 0)
+    n_metrics = len(metric_names(spec))
     tensors = (getattr(operands, name) for name in wanted(spec))
     gradients = [torch.empty_like(t, dtype=gradient_dtype(t), memory_format=torch.contiguous_format) for t in tensors]
     s_total, t_total, student, teacher, metrics = (

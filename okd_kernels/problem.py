@@ -22,9 +22,10 @@ from okd_kernels.call import (
     packed,
     resolve_backend,
 )
+from okd_kernels.columns import Columns
 from okd_kernels.divergences import Objective
 from okd_kernels.heads import LinearHead
-from okd_kernels.operator import Outputs, distil
+from okd_kernels.operator import Outputs, distil, metric_names
 from okd_kernels.reference import reference_losses, sparse_teacher_logits
 from okd_kernels.rows import METRICS
 from okd_kernels.sides import wide
@@ -166,6 +167,7 @@ def solve(
     target_mix: float,
     group: dist.ProcessGroup | None,
     compact: bool,
+    columns: Columns,
     backend: str,
     workspace_bytes: int | None = None,
     targets: tuple[Tensor, ...] = (),  # ids and log-probabilities (N, K) of sparse ones
@@ -176,6 +178,10 @@ def solve(
     dtype, device = wide(*(side.dtype for side in sides)), tokens.device
     backend, workspace_bytes = resolve_backend(backend, device, dtype), chunk_workspace(workspace_bytes, device)
     if backend == "reference":
+        if not columns.all:
+            raise ValueError(
+                "expected backward_columns=None for backend='reference', which is exact; got a share or bound"
+            )
         return _reference(tokens, objectives, sides, targets, tail, vocab_size, temperature, target_mix, dtype)
     operands: dict[str, Any] = dict.fromkeys(Operands._fields)
     for name, side in zip(("student", "teacher"), sides, strict=False):
@@ -209,13 +215,16 @@ def solve(
         backend,
         "" if group is None else group.group_name,
         compact,
+        columns.share,
+        columns.bound,
+        columns.exact_head,
         tokens.reduction == "none",
         ",".join(wanted),
     )
     found = Outputs(*distil(*operands.values(), *spec))
     losses = found[2:4] if spec.per_token else found[:2]
-    names = (*METRICS, *(SPARSE_METRICS if tail else ()))
-    return tokens.result(objectives, losses, dict(zip(names, found.metrics.unbind(1), strict=True)))
+    metrics = dict(zip(metric_names(spec), found.metrics.unbind(1), strict=True))
+    return tokens.result(objectives, losses, metrics)
 
 
 def _reference(

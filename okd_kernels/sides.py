@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from okd_kernels.call import Operands, Spec
+from okd_kernels.columns import Compaction
 from okd_kernels.cpu import empty_like
 from okd_kernels.divergences import Objective
 from okd_kernels.gemms import accumulate, logits_into
@@ -56,6 +57,7 @@ class Side(NamedTuple):
     grad_bias: Tensor | None = None  # (V,), likewise
     hidden_columns: slice = slice(None)
     weight_columns: slice = slice(None)
+    compaction: Compaction | None = None  # None: the backward GEMMs multiply all columns
 
     @property
     def learns(self) -> bool:
@@ -84,13 +86,20 @@ class Side(NamedTuple):
         if self.weight is None:
             return
         v, first = gradient.shape[1], rows.start == 0
+        compact = None if self.compaction is None else self.compaction(rows, gradient)
         if self.grad_hidden is not None:
-            accumulate(self.grad_hidden[rows], gradient, self.weight[:v, self.hidden_columns], first=True)
+            left, weight = gradient, self.weight[:v, self.hidden_columns]
+            if compact is not None:
+                left, weight = compact.gradient, compact.weight
+            accumulate(self.grad_hidden[rows], left, weight, first=True)
         if self.grad_weight is not None:
             x = self.hidden[rows, self.weight_columns]
             if labels is not None:
                 x = x.masked_fill((labels[rows] < 0).unsqueeze(1), 0)  # ignored rows may hold NaN
-            accumulate(self.grad_weight[:v], gradient.t(), x, first)
+            if compact is None or compact.exact_head:
+                accumulate(self.grad_weight[:v], gradient.t(), x, first)
+            else:
+                compact.add_to(self.grad_weight[:v], x, first)
         if self.grad_bias is not None:
             total = gradient.sum(0, dtype=self.grad_bias.dtype)
             self.grad_bias[:v] = total if first else self.grad_bias[:v] + total
@@ -120,14 +129,14 @@ class Model:
         self.side = Side(hidden, weight, bias, scale, softcap or None, objective)
         if objective is not None:
             self.strength = (objective.weight * spec.temperature + objective.ce_weight) * scale or 1.0
-        self._make_buffers()
+        self._make_buffers(spec)
 
     def _columns(self, first: str, second: str) -> slice:
         """Of hidden and LoRA side by side, those whose gradient is wanted."""
         start = 0 if f"{self.name}_{first}" in self.wanted else self.width
         return slice(start, None if f"{self.name}_{second}" in self.wanted else self.width)
 
-    def _make_buffers(self) -> None:
+    def _make_buffers(self, spec: Spec) -> None:
         side, of = self.side, {x: self.operands[f"{self.name}_{x}"] for x in ("hidden", "weight", "bias")}
         columns = self._columns("hidden", "lora_x"), self._columns("weight", "lora_b")
         buffers: list[Tensor | None] = [None, None, None]
@@ -149,6 +158,10 @@ class Model:
             hidden_columns=columns[0],
             weight_columns=columns[1],
         )
+        if not spec.columns.all and buffers[0] is not None and side.weight is not None and len(side.hidden):
+            weight = side.weight[: self.vocabulary.size, columns[0]]
+            compaction = Compaction(spec.columns, weight, len(side.hidden), wide(weight.dtype), self.vocabulary)
+            self.side = self.side._replace(compaction=compaction)
 
     def row_factors(self, weights: Tensor, scale: Tensor) -> Tensor:
         """weights (n,) * scale as factors of the rows' gradients; in fp16, a part of it waits for their sums.
@@ -162,6 +175,12 @@ class Model:
         gain = FP16_GAIN / self.strength
         self.deferred_scale = scale * (largest / gain)
         return weights * gain
+
+    def of_columns(self) -> Tensor:
+        """(2,) `columns.METRICS`."""
+        if self.side.compaction is not None:
+            return self.side.compaction.report()
+        return torch.stack([self.side.hidden.new_zeros(()), self.side.hidden.new_ones(())])
 
     def gradients(self) -> dict[str, Tensor]:
         """Of the operands that are wanted, by their names: scaled, in the operands' rows and dtypes."""

@@ -231,7 +231,7 @@ def test_every_preset_has_its_numbers():
 OPTIONS = [(group, field) for group in GROUPS for field in dataclasses.fields(group)]
 VALUES = {"student_divergence": "jsd", "divergence_alpha": 0.3, "divergence_beta": 0.3, "online_learning_rate": 1e-3}
 VALUES |= {"online_target_modules": ["o_proj"], "teacher_device": "cpu", "rollout_url": "http://localhost:8000"}
-VALUES |= {"teacher_tokenizer": "auto", "teacher_cache": "cache"}
+VALUES |= {"teacher_tokenizer": "auto", "teacher_cache": "cache", "backward_columns": "0.5"}
 
 
 def another(field):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from okd_kernels import LinearHead, Objective, distillation_loss, linear_distillation_loss
+from okd_kernels import LinearHead, Objective, columns, distillation_loss, linear_distillation_loss
 from okd_kernels import linear_sparse_distillation_loss as sparse_loss
 from okd_kernels.call import Operands, Spec, packed
 
@@ -172,8 +172,8 @@ def test_one_side_alone_under_compile(side, backend):
     assert not any(x is not None and x.any() for x in others)
 
 
-def arguments(kind, n=5, per_token=False, wanted=None, extras=True):
-    """Of the operator: `kind` is dense, sparse or logits; extras: bias, LoRA and labels."""
+def arguments(kind, n=5, per_token=False, wanted=None, extras=True, share=1.0):
+    """Of the operator: `kind` is dense, sparse or logits; extras: bias, LoRA and labels; share: of the columns."""
     names = ["student", "teacher"][: 1 if kind == "sparse" else 2]
     operands = dict.fromkeys(Operands._fields)
     for name, d in zip(names, (D_S, D_T), strict=False):
@@ -192,7 +192,7 @@ def arguments(kind, n=5, per_token=False, wanted=None, extras=True):
         *packed(objectives[0]),
         *packed(objectives[1]),
         *([1.0, 0.0, 0.7, 5.0], torch.float32, torch.float32, "bucket" if kind == "sparse" else ""),
-        *(1.0, 1.3, V, -100, 2048, "torch", "", True, per_token, ",".join(wanted)),
+        *(1.0, 1.3, V, -100, 2048, "torch", "", True, share, 0.0, False, per_token, ",".join(wanted)),
     )
     return (*operands.values(), *spec)
 
@@ -209,4 +209,11 @@ def arguments(kind, n=5, per_token=False, wanted=None, extras=True):
 def test_opcheck(kind, extras, wanted, per_token):
     """Schema, aliasing, fake tensors, autograd registration, and AOT dispatch with static and with symbolic shapes."""
     given = arguments(kind, per_token=per_token, wanted=wanted, extras=extras)
+    torch.library.opcheck(torch.ops.okd_kernels.distil.default, given)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_opcheck_of_some_columns(per_token, monkeypatch):
+    monkeypatch.setattr(columns, "ALIGNMENT", 4)
+    given = arguments("dense", per_token=per_token, share=0.3)
     torch.library.opcheck(torch.ops.okd_kernels.distil.default, given)
