@@ -72,6 +72,12 @@ def linear_distillation_loss(
             about to do, once a call, which synchronises; where that differs, all of them raise.
         compact: take ignored rows out before the GEMMs. On a GPU the host waits once for their number, except while a
             CUDA graph is captured, where they stay. False: they stay everywhere, and nothing synchronises.
+        backward_columns: None for all, or which columns of a chunk the backward GEMMs multiply, by their gradients'
+            energy: a share of the vocabulary, 0.25, or the least share that keeps the relative error of dX below a
+            bound, "1%" (all, where none does; a GPU is waited for once a chunk). What the others would add to dX is
+            corrected in the directions that the head's rows share; of the head, their rows get no gradient. Losses,
+            metrics and a bias's gradient stay exact. Where dX is not wanted, all columns are multiplied.
+        exact_head: the gradient of the head from all columns nevertheless.
         workspace_bytes: bound of the two chunk buffers, padding aside; default 256 MiB on a CPU, 2 GiB on a GPU.
         backend: "auto" (triton on GPUs, torch elsewhere), "triton", "torch", "reference". Never falls back silently.
 
