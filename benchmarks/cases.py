@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import okd_kernels
@@ -31,9 +32,14 @@ class Case:
     device: str = "cpu"
     divergence: str = "forward_kl"
     masked: int = 0
+    rows: str = ""  # file of `benchmarks.rows`; "": random ones
 
     def operands(self) -> list[Tensor]:
         """The five tensors that a loss takes."""
+        if self.rows:
+            x, w, y, u, labels = (load_file(self.rows, self.device)[str(i)] for i in range(5))
+            x, w, y, u = (t.to(DTYPES[self.dtype]) for t in (x, w, y, u))
+            return [x[: self.tokens], w, y[: self.tokens], u, labels[: self.tokens]]
         shapes = (self.vocab, self.student, self.teacher, self.tokens)
         found = peers.operands(*shapes, dtype=DTYPES[self.dtype], device=self.device, masked=self.masked)
         return peers.with_sparse_targets(found) if self.divergence == "sparse" else found
@@ -59,6 +65,7 @@ class Candidate(NamedTuple):
     workspace_bytes: int | None = None  # ours only
     frozen_head: bool = False
     directory: str = ""  # of the checkout whose library is taken for ours; "": this one
+    columns: str | None = None  # ours only: `backward_columns`
 
     @property
     def is_ours(self) -> bool:
@@ -74,7 +81,8 @@ class Candidate(NamedTuple):
             return function
         counted = labels != peers.IGNORE
         kept = counted.nonzero().squeeze(1) if labels.is_cuda and not counted.all() else None
-        return partial(function, workspace_bytes=self.workspace_bytes, kept=kept, library=self.library)
+        options = {} if self.columns is None else {"backward_columns": self.columns}
+        return partial(function, workspace_bytes=self.workspace_bytes, kept=kept, library=self.library, **options)
 
     def leaves(self, tensors: list[Tensor], case: Case) -> list[Tensor]:
         """The operands, sharing their storage, with gradients where this candidate makes them."""

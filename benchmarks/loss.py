@@ -20,6 +20,8 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -115,8 +117,10 @@ def peak_rss() -> int:
 
 
 def measure_errors(case: Case, candidates: list[Candidate]) -> dict[str, dict[str, float]]:
-    """{candidate: {gradient: |g - truth| / |truth|}} on `ACCURACY_TOKENS` tokens; candidates that fail are absent."""
-    case = replace(case, tokens=min(case.tokens, ACCURACY_TOKENS))
+    """{candidate: {gradient: |g - truth| / |truth|}} on `ACCURACY_TOKENS` tokens, or on all where some leave columns
+    out, chunk by chunk; candidates that fail are absent."""
+    if not any(c.columns for c in candidates):
+        case = replace(case, tokens=min(case.tokens, ACCURACY_TOKENS))
     tensors = case.operands()
     wide = torch.float64 if 16 * (tensors[1].numel() + tensors[3].numel()) < TRUTH_BYTES else torch.float32
     exact = Candidate("truth", "eager").leaves([x.to(wide) if x.is_floating_point() else x for x in tensors], case)
@@ -138,16 +142,19 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
 
 
-def measure(case: Case, names: list[str], repeats: int, workspace_mib: int, against: str = "") -> dict[str, Any]:
+def measure(
+    case: Case, names: list[str], repeats: int, workspace_mib: int, against: str = "", columns: Sequence[str] = ()
+) -> dict[str, Any]:
     """Everything about one case. Ours is given a tenth of eager's memory too, where eager's could be measured.
 
-    against: directory of the checkout that is "before", if any.
+    against: directory of the checkout that is "before", if any; columns: of `backward_columns`, each a candidate.
     """
     workspace = workspace_mib << 20
     candidates = [
         Candidate("ours", "ours", workspace),
         *([Candidate(BEFORE, "ours", workspace, directory=against)] if against else []),
         Candidate("ours, frozen head", "ours", workspace, frozen_head=True),
+        *(Candidate(f"ours, columns {x}", "ours", workspace, columns=x) for x in columns),
         *(Candidate(name, name) for name in names),
     ]
     memory = {c.name: measure_memory(case, c) for c in candidates}
@@ -236,6 +243,33 @@ def plot(results: list[dict[str, Any]], axis: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def plot_columns(results: list[dict[str, Any]], path: Path) -> None:
+    """Time over the error of dX, a panel for each divergence: `backward_columns` beside all columns and the peers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 4.5), squeeze=False)
+    for panel, result in zip(axes[0], results, strict=True):
+        rows = [c for c in result["candidates"] if "skipped" not in c and not c.get("frozen_head") and c["errors"]]
+        some = sorted((c for c in rows if c["columns"]), key=lambda c: c["errors"]["dX"])
+        xs, ys = zip(*((100 * c["errors"]["dX"], c["over_floor"]) for c in some), strict=True)
+        panel.plot(xs, ys, marker="o", label="ours, backward_columns")
+        for c, x, y in zip(some, xs, ys, strict=True):
+            panel.annotate(c["columns"], (x, y), textcoords="offset points", xytext=(4, 5), fontsize=8)
+        for c in rows:
+            if not c["columns"]:
+                panel.plot(max(100 * c["errors"]["dX"], 1e-5), c["over_floor"], "s", label=c["name"])
+        panel.axhline(1, color="k", linestyle="--", label="bare GEMMs")
+        panel.set(xlabel="relative error of dX, %", ylabel="time / bare GEMMs", xscale="log")
+        panel.set_title(result["case"]["divergence"])
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
 def cpu_name() -> str:
     try:
         from cpuinfo import get_cpu_info  # comes with pytest-benchmark
@@ -280,6 +314,8 @@ def arguments() -> argparse.Namespace:
     kinds = ", ".join(KINDS)
     add("--divergence", default="forward_kl,jsd,reverse_kl,okd", help=f"comma list of {kinds}; default: %(default)s")
     add("--peers", default="all", help=f"all, none, or a comma list of {', '.join(peers.PEERS)}")
+    add("--rows", type=Path, metavar="FILE", help="JSON lines: real rows of its responses; smollm2-cpu alone")
+    add("--columns", nargs="+", default=[], metavar="X", help="of ours: backward_columns, such as 0.2 or 1%%")
     add("--masked", type=int, default=0, metavar="PERCENT", help="rows whose label is ignored")
     add("--repeats", type=int, default=7, help="measured rounds; one more is discarded")
     add("--workspace-mib", type=int, default=256, help="of ours")
@@ -290,6 +326,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if SHARDED in args.divergence.split(",") and (args.device != "cpu" or args.sweep):
         parser.error(f"expected {SHARDED} on a CPU and without a sweep; got {args.device}, {args.sweep}")
+    if args.rows and (args.preset not in (None, "smollm2-cpu") or args.sweep):
+        parser.error(f"expected --rows with preset smollm2-cpu, without a sweep; got {args.preset}, {args.sweep}")
     if unknown := set(args.divergence.split(",")) - set(KINDS):
         parser.error(f"expected divergences out of {kinds}; got {', '.join(sorted(unknown))}")
     return args
@@ -310,6 +348,11 @@ def main() -> None:
         tokens=args.tokens or PRESETS[preset].tokens,
         masked=args.masked,
     )
+    if args.rows:
+        base = replace(base, rows=str(Path(tempfile.mkdtemp()) / "rows.safetensors"))
+        from benchmarks.rows import make  # it reads models, which random rows do not
+
+        make(args.rows, base.tokens, base.teacher, Path(base.rows))
     names = {"all": list(peers.PEERS), "none": []}.get(args.peers, args.peers.split(","))
     about = environment(args.device)
     if args.against:
@@ -330,13 +373,15 @@ def main() -> None:
                 results.append(sharded.measure(case, args.repeats, args.workspace_mib, against))
                 sharded.show(results[-1])
             else:
-                results.append(measure(case, chosen, args.repeats, args.workspace_mib, against))
+                results.append(measure(case, chosen, args.repeats, args.workspace_mib, against, args.columns))
                 show(results[-1])
             whole = {**about, "arguments": options, "preset": preset, "results": results}
             path.write_text(json.dumps(whole, indent=1) + "\n")  # each time: a run that is cut off has what it has
     print(f"\n{path}")
     if args.sweep:
         plot(results, args.sweep, path.with_suffix(".png"))
+    elif args.columns:
+        plot_columns(results, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

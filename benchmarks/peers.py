@@ -21,6 +21,7 @@ import functools
 import inspect
 import math
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,15 +90,19 @@ def ours(
     kept: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     library: ModuleType = okd_kernels,
+    **options: Any,
 ) -> Tensor:
-    """This library, or another version of it. On a GPU the caller leaves out ignored rows by passing the others'
-    indices, which `okd`'s collator knows without waiting for the device; on a CPU the loss does so itself."""
+    """This library, or another version of it, with further options.
+
+    On a GPU the caller leaves out ignored rows by passing the others' indices, which `okd`'s collator knows without
+    waiting for the device; on a CPU the loss does so itself.
+    """
     sparse = divergence == "sparse"
     if kept is not None:
         student_hidden, teacher_hidden, labels = student_hidden[kept], teacher_hidden[kept], labels[kept]
         teacher_weight = teacher_weight[kept] if sparse else teacher_weight
     loss = library.linear_sparse_distillation_loss if sparse else library.linear_distillation_loss
-    options = {"temperature": temperature, "workspace_bytes": workspace_bytes}
+    options |= {"temperature": temperature, "workspace_bytes": workspace_bytes}
     if group is not None:
         loss, options["group"] = getattr(library, "vocab_parallel_distillation_loss", loss), group
     if student_hidden.is_cuda and "compact" in inspect.signature(loss).parameters:
