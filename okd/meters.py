@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch import Tensor
+from transformers.utils import logging
 
 from okd.data import Batch
 from okd.durable import writing
@@ -22,6 +23,8 @@ from okd.models import evaluating
 from okd.online import distance_from_base
 from okd.sharding import ranks
 
+logger = logging.get_logger(__name__)
+FAR = 1.0  # nats from its base; teachers of students that learned well had moved 0.01 to 0.15 (benchmarks/RESULTS.md)
 UNLOGGED = {"reverse_kl", "student_entropy", "teacher_entropy", "student_nll", "teacher_nll"}  # of a loss's metrics
 
 
@@ -138,6 +141,7 @@ class Logging:
     log_file: LogFile
     _last_batch: Batch | None
     _norms: dict[str, Tensor]
+    _is_far = False  # as the log has said
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Per-token losses and statistics of all ranks since the last entry, the distance from the teacher as it was,
@@ -145,6 +149,13 @@ class Logging:
         if "loss" in logs and self._last_batch is not None:
             logs |= self.meters.flush()
             logs |= self._distances(logs)
+            if logs.get("teacher_shift", 0.0) > FAR and not self._is_far:
+                self._is_far = True
+                logger.warning(
+                    f"expected an online teacher near its base; at step {self.state.global_step} it is "
+                    f"{logs['teacher_shift']:.2f} nats a token away: it may be following the student down. Lower "
+                    "teacher_kl_weight or online_learning_rate"
+                )
             if not self.sampler.is_idle:
                 logs |= self.sampler.logs()
             if self.args.online and self.optimizer is not None:

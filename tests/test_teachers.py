@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers.utils import logging
 
 from okd import OKDConfig, OKDTrainer, salience
 from okd.cli import main, parse_train
@@ -314,6 +315,22 @@ def test_a_step_without_learning_is_that_of_a_frozen_teacher(tmp_path):
     for name, parameter in run.pair.student.named_parameters():
         torch.testing.assert_close(parameter.grad, truth[name].grad, rtol=1e-4, atol=1e-6)
     assert all(p.grad is None for p in run.pair.teacher.parameters())
+
+
+def test_a_teacher_that_leaves_its_base_is_warned_of_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("okd.meters.FAR", 1e-3)
+    said = {}
+    for name, options in (("far", {"online_learning_rate": 0.3}), ("near", {"online_learning_rate": 0.0})):
+        caplog.clear()
+        logging.enable_propagation()
+        run = trainer(tmp_path / name, method="okd", max_steps=4, logging_steps=1, **options)
+        run.train()
+        logging.disable_propagation()
+        said[name] = [r.getMessage() for r in caplog.records if "near its base" in r.getMessage()]
+        shifts = [e["teacher_shift"] for e in run.state.log_history if "teacher_shift" in e]
+        assert (sum(x > 1e-3 for x in shifts) > 1) is (name == "far")
+    assert len(said["far"]) == 1 and "Lower teacher_kl_weight or online_learning_rate" in said["far"][0]
+    assert said["near"] == []
 
 
 @pytest.mark.parametrize("options", [{"method": "okd", "online_every": 2}, {"method": "clda"}])
