@@ -38,8 +38,7 @@ from okd.selection import PolicyOptions, SelectionOptions
 from okd.sharding import KINDS, launch_options
 from okd.student import StudentOptions, check_student_options
 from okd.teachers import PlaceOptions, SelfTeacherOptions
-from okd_kernels import DIVERGENCES, Objective
-from okd_kernels.columns import Columns
+from okd_kernels import DIVERGENCES, BackwardColumns, Objective
 
 if TYPE_CHECKING:
     MethodLike = str | Method
@@ -142,7 +141,7 @@ class OKDConfig(
         check(self)
         if self.teacher_device is not None:
             find_device(self.teacher_device)
-        _ = self.template_kwargs, Columns.of(self.backward_columns)  # raise where they are none
+        _ = self.template_kwargs, BackwardColumns.of(self.backward_columns)  # raise where they are none
         if not isinstance(self.method, Method) and self.method not in METHODS:
             raise ValueError(f"expected method to be one of {', '.join(METHODS)}, or a Method; got {self.method!r}")
         self._resolved = self._resolve()

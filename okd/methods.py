@@ -32,7 +32,7 @@ class DivergenceOptions:
     divergence_alpha: float | None = option(None, "alpha of the student's divergence (skew, alpha_beta)")
     divergence_beta: float | None = option(None, "beta of the student's divergence (jsd, alpha_beta)")
     backward_columns: str | None = option(
-        None, "columns of the heads that backward passes multiply: a share, 0.25, or as many as an error of 1% allows"
+        None, "share of the heads' columns in backward GEMMs, 0.25, or a bound on their error, 1%"
     )
     temperature: float = option(1.0, "temperature of the divergences, which are multiplied by its square", above=0)
     online_teacher: bool = option(False, "let the teacher learn too; for methods with a divergence from one teacher")

@@ -1,6 +1,7 @@
 """Fused knowledge-distillation losses from hidden states and head weights, for the student and for the teacher."""
 
 from okd_kernels.call import resolve_backend
+from okd_kernels.columns import BackwardColumns
 from okd_kernels.divergences import DIVERGENCES, Divergence, Objective
 from okd_kernels.gemms import has_fast_gemm
 from okd_kernels.heads import LinearHead
@@ -18,6 +19,7 @@ from okd_kernels.torch_rows import workspace_size
 __version__ = "0.1.0"
 __all__ = [
     "DIVERGENCES",
+    "BackwardColumns",
     "DistillationLoss",
     "Divergence",
     "LinearDistillationLoss",

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from okd_kernels.columns import Columns
+from okd_kernels.columns import BackwardColumns
 from okd_kernels.divergences import DIVERGENCES, Objective
 from okd_kernels.heads import LinearHead
 
@@ -73,8 +73,8 @@ class Spec(NamedTuple):
     wanted: str  # names of the operands whose gradients are wanted, by commas
 
     @property
-    def columns(self) -> Columns:
-        return Columns(self.backward_share, self.backward_bound, self.exact_head)
+    def columns(self) -> BackwardColumns:
+        return BackwardColumns(self.backward_share, self.backward_bound, self.exact_head)
 
     @property
     def objectives(self) -> tuple[Objective, Objective | None]:

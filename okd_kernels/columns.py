@@ -33,7 +33,7 @@ SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)  # which a bound chooses from, or all
 METRICS = ("dx_error", "columns_kept")  # of a side
 
 
-class Columns(NamedTuple):
+class BackwardColumns(NamedTuple):
     """Which columns the backward GEMMs multiply: a share of them, or as many as keep dX's error below a bound."""
 
     share: float = 1.0
@@ -41,7 +41,7 @@ class Columns(NamedTuple):
     exact_head: bool = False  # dW of all columns
 
     @classmethod
-    def of(cls, given: float | str | None, exact_head: bool = False) -> Columns:
+    def of(cls, given: float | str | None, exact_head: bool = False) -> BackwardColumns:
         """From a share of the vocabulary, 0.25 or "0.25", or a bound, "1%". Raises ValueError."""
         share, bound = 1.0, 0.0
         try:
@@ -100,7 +100,7 @@ class Compaction:
 
     def __init__(
         self,
-        options: Columns,
+        options: BackwardColumns,
         weight: Tensor,  # (V, D')
         n: int,
         dtype: torch.dtype,  # of what is measured

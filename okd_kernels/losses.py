@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from okd_kernels.call import check_objectives, check_sparse_targets, check_tail, common_shape, shared_vocab
-from okd_kernels.columns import Columns
+from okd_kernels.columns import BackwardColumns
 from okd_kernels.divergences import Objective
 from okd_kernels.heads import LinearHead
 from okd_kernels.problem import CallSide, DistillationLoss, Tokens, solve
@@ -99,7 +99,7 @@ def linear_distillation_loss(
         target_mix=target_mix,
         group=group,
         compact=compact,
-        columns=Columns.of(backward_columns, exact_head),
+        columns=BackwardColumns.of(backward_columns, exact_head),
         workspace_bytes=workspace_bytes,
         backend=backend,
     )
@@ -143,7 +143,7 @@ def distillation_loss(
         target_mix=target_mix,
         group=group,
         compact=compact,
-        columns=Columns(),
+        columns=BackwardColumns(),
         backend=backend,
     )
 
@@ -215,7 +215,7 @@ def linear_sparse_distillation_loss(
         target_mix=target_mix,
         group=group,
         compact=compact,
-        columns=Columns.of(backward_columns, exact_head),
+        columns=BackwardColumns.of(backward_columns, exact_head),
         workspace_bytes=workspace_bytes,
         backend=backend,
     )

@@ -22,7 +22,7 @@ from okd_kernels.call import (
     packed,
     resolve_backend,
 )
-from okd_kernels.columns import Columns
+from okd_kernels.columns import BackwardColumns
 from okd_kernels.divergences import Objective
 from okd_kernels.heads import LinearHead
 from okd_kernels.operator import Outputs, distil, metric_names
@@ -170,7 +170,7 @@ def solve(
     target_mix: float,
     group: dist.ProcessGroup | None,
     compact: bool,
-    columns: Columns,
+    columns: BackwardColumns,
     backend: str,
     workspace_bytes: int | None = None,
     targets: tuple[Tensor, ...] = (),  # ids and log-probabilities (N, K) of sparse ones
