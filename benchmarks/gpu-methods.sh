@@ -9,6 +9,6 @@ timeout -k 5 --signal=INT 530 "$python" -m benchmarks.methods --device cuda \
     --train-file "$1" --eval-file "$2" --output-dir "$3" \
     --tune-teacher 300 --tune-student 300 --batch-size 16 --max-length 256 --steps 1000 --seeds "${SEEDS:-3}" \
     --eval-examples 200 --answers 200 --curve-examples 96 --curve-points 8 --max-new-tokens 64 \
-    --methods forward_kd sft okd okd:teacher_kl_weight=0.1 reverse_kd jsd taid taid:online_teacher=True \
+    --methods forward_kd sft okd okd:teacher_kl_weight=0.5 reverse_kd jsd taid taid:online_teacher=True \
     okd:online_layers=0.333 okd:online_every=4 gkd skd &&
     echo "all is done: $3/tables.md"

@@ -32,7 +32,7 @@ import okd_kernels
 
 IGNORE = -100
 BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}  # GKD's convention, which Liger, TRL and we share
-OKD_WEIGHT = 0.5  # a of OKD's teacher: a KL(q || p) + (1 - a) CE(p, y)
+OKD_WEIGHT = 0.1  # a of OKD's teacher: a KL(q || p) + (1 - a) CE(p, y)
 ONLINE = {"okd": (OKD_WEIGHT, 1 - OKD_WEIGHT), "mutual": (1.0, 0.0)}  # weights of the teacher's KL and cross-entropy
 DIVERGENCES = (*BETAS, *ONLINE, "sparse")
 TARGETS = 64  # K

@@ -78,8 +78,6 @@ def _demo(options: argparse.Namespace, _: list[str]) -> None:
 
     args = OKDConfig(
         method=options.method,
-        # in so few steps a student that cannot speak yet would drag the teacher along
-        teacher_kl_weight=0.1 if options.method == "okd" else None,
         output_dir=options.output_dir,
         seed=options.seed,
         max_steps=options.steps,

@@ -37,7 +37,7 @@ class OnlineOptions:
 
     teacher_kl_weight: float | None = option(
         None,
-        "a of the teacher's loss a KL(student || teacher) + (1 - a) CE; default: 0.5, clda: 0.1; near 1 both collapse",
+        "a of the teacher's loss a KL(student || teacher) + (1 - a) CE; default: 0.1, or as the method says",
         least=0,
         most=1,
     )
