@@ -244,6 +244,7 @@ def sharded(rank, world):
     return found
 
 
+@pytest.mark.slow
 def test_ranks_keep_columns_of_their_own_and_say_the_same(tmp_path):
     ranks = run_ranks(sharded, 2, tmp_path)
     _, exact = peaked(common=20.0).run("torch", **BOTH)
