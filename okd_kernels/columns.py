@@ -70,7 +70,9 @@ def _in_cache(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def column_energies(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """(V,) sums of squares."""
+    """(V,) sums of squares, without a wide copy of all rows."""
+    if gradient.device.type != "cpu":
+        return torch.linalg.vector_norm(gradient, dim=0, dtype=dtype).square_()
     total = torch.zeros(gradient.shape[1], dtype=dtype, device=gradient.device)
     for (block,) in _in_cache(gradient):
         total += block.to(dtype).square().sum(0)
