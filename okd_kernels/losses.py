@@ -76,7 +76,8 @@ def linear_distillation_loss(
             energy: a share of the vocabulary, 0.25, or the least share that keeps the relative error of dX below a
             bound, "1%" (all, where none does; a GPU is waited for once a chunk). What the others would add to dX is
             corrected in the directions that the head's rows share; of the head, their rows get no gradient. Losses,
-            metrics and a bias's gradient stay exact. Where dX is not wanted, all columns are multiplied.
+            metrics and a bias's gradient stay exact. Where dX is not wanted, all columns are multiplied. Their copies
+            take that share of a chunk's logits and of the head in memory.
         exact_head: the gradient of the head from all columns nevertheless.
         workspace_bytes: bound of the two chunk buffers, padding aside; default 256 MiB on a CPU, 2 GiB on a GPU.
         backend: "auto" (triton on GPUs, torch elsewhere), "triton", "torch", "reference". Never falls back silently.
