@@ -326,8 +326,13 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if SHARDED in args.divergence.split(",") and (args.device != "cpu" or args.sweep):
         parser.error(f"expected {SHARDED} on a CPU and without a sweep; got {args.device}, {args.sweep}")
-    if args.rows and (args.preset not in (None, "smollm2-cpu") or args.sweep):
-        parser.error(f"expected --rows with preset smollm2-cpu, without a sweep; got {args.preset}, {args.sweep}")
+    if args.rows and (args.preset not in (None, "smollm2-cpu") or args.sweep or args.masked):
+        parser.error(
+            f"expected --rows with preset smollm2-cpu, without --sweep and --masked; got {args.preset}, {args.sweep}, "
+            f"{args.masked}"
+        )
+    if (args.rows or args.columns) and {SHARDED, "sparse"} & set(args.divergence.split(",")):
+        parser.error(f"expected --rows and --columns with divergences of a whole teacher; got {args.divergence}")
     if unknown := set(args.divergence.split(",")) - set(KINDS):
         parser.error(f"expected divergences out of {kinds}; got {', '.join(sorted(unknown))}")
     return args
@@ -349,7 +354,8 @@ def main() -> None:
         masked=args.masked,
     )
     if args.rows:
-        base = replace(base, rows=str(Path(tempfile.mkdtemp()) / "rows.safetensors"))
+        folder = tempfile.TemporaryDirectory()  # gone with the process
+        base = replace(base, rows=f"{folder.name}/rows.safetensors")
         from benchmarks.rows import make  # it reads models, which random rows do not
 
         make(args.rows, base.tokens, base.teacher, Path(base.rows))

@@ -77,6 +77,11 @@ class Spec(NamedTuple):
         return BackwardColumns(self.backward_share, self.backward_bound, self.exact_head)
 
     @property
+    def tells_columns(self) -> bool:
+        """Whether the metrics hold those of `columns`: per token, gradients are made in backward, too late for them."""
+        return not (self.columns.all or self.per_token)
+
+    @property
     def objectives(self) -> tuple[Objective, Objective | None]:
         return _objective(self.student, self.student_numbers), (
             _objective(self.teacher, self.teacher_numbers) if self.teacher else None

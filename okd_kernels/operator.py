@@ -141,7 +141,7 @@ def _distil(*arguments: Any) -> Outputs:
             options = (spec.objectives, spec.temperature, vocabulary.whole, mass)
             losses, metrics[:, : len(METRICS)] = finish(statistics, values.to(dtype), row_labels, *options)
             more = [] if sparse is None else [sparse.masses(statistics)]
-            if not (spec.columns.all or spec.per_token):
+            if spec.tells_columns:
                 more += [m.of_columns().expand(len(losses), -1) for m in models if m.side.objective is not None]
             if more:
                 others = torch.cat(more, 1).to(dtype)
@@ -160,8 +160,7 @@ def _distil(*arguments: Any) -> Outputs:
 
 def metric_names(spec: Spec) -> tuple[str, ...]:
     sides = ("student", "teacher") if spec.teacher else ("student",)
-    known = not (spec.columns.all or spec.per_token)  # per token, gradients are made in backward
-    columns = tuple(f"{side}_{name}" for side in sides for name in COLUMN_METRICS) if known else ()
+    columns = [f"{side}_{name}" for side in sides for name in COLUMN_METRICS] if spec.tells_columns else ()
     return *METRICS, *(SPARSE_METRICS if spec.tail else ()), *columns
 
 

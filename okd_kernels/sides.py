@@ -151,17 +151,18 @@ class Model:
             buffers[1] = empty_like(side.weight[:, columns[1]], wide(side.weight.dtype))
         if f"{self.name}_bias" in self.wanted:
             buffers[2] = torch.empty_like(of["bias"], dtype=wide(of["bias"].dtype))
+        compaction = None
+        if not spec.columns.all and buffers[0] is not None and side.weight is not None and len(side.hidden):
+            weight = side.weight[: self.vocabulary.size, columns[0]]
+            compaction = Compaction(spec.columns, weight, len(side.hidden), wide(weight.dtype), self.vocabulary)
         self.side = side._replace(
             grad_hidden=buffers[0],
             grad_weight=buffers[1],
             grad_bias=buffers[2],
             hidden_columns=columns[0],
             weight_columns=columns[1],
+            compaction=compaction,
         )
-        if not spec.columns.all and buffers[0] is not None and side.weight is not None and len(side.hidden):
-            weight = side.weight[: self.vocabulary.size, columns[0]]
-            compaction = Compaction(spec.columns, weight, len(side.hidden), wide(weight.dtype), self.vocabulary)
-            self.side = self.side._replace(compaction=compaction)
 
     def row_factors(self, weights: Tensor, scale: Tensor) -> Tensor:
         """weights (n,) * scale as factors of the rows' gradients; in fp16, a part of it waits for their sums.
