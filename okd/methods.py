@@ -56,6 +56,7 @@ class Method:
         draw: temperature and cuts of sampled responses.
         generate: when responses are written, see `okd.kept.KeptOptions`.
         fixed_divergence: the method has its own; another one would be another method.
+        left_out: what of the publication is not here, or is not from there.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Method:
     draw: Draw = Draw()
     generate: str = "step"
     fixed_divergence: bool = False
+    left_out: str = ""
 
     @property
     def needs_teacher(self) -> bool:
@@ -117,6 +119,7 @@ _PRESETS = (
         "MixKD (arXiv 2011.00593): cross-entropy and forward KL, on mixed embeddings too",
         Objective("forward_kl", ce_weight=1.0),
         loss=mixup.mixkd,
+        left_out="several mixtures a row",
     ),
     Method(
         "minillm",
@@ -126,6 +129,7 @@ _PRESETS = (
         responses=sampling.mixture,
         teacher_share=0.2,
         fixed_divergence=True,
+        left_out="PPO's clipping and four passes over a sample, whitening: one step a sample",
     ),
     Method(
         "distillm2",
@@ -136,6 +140,7 @@ _PRESETS = (
         draw=Draw(temperature=0.8),
         generate="epoch",
         fixed_divergence=True,
+        left_out="curricula, off as in the released code: skew_curriculum (of a batch, not a response), lowering_start",
     ),
     Method(
         "seqkd",
@@ -144,12 +149,14 @@ _PRESETS = (
         loss=objectives.cross_entropy,
         responses=sampling.teacher,
         generate="once",
+        left_out="mixing with references",
     ),
     Method(
         "imitkd",
         "KL(teacher || student), half of the steps student-written (arXiv 2009.07253)",
         responses=sampling.student,
         student_share=0.5,
+        left_out="the share's decay",
     ),
     Method(
         "gkd",
@@ -157,6 +164,7 @@ _PRESETS = (
         Objective("jsd", beta=0.5),
         responses=sampling.student,
         student_share=0.5,
+        left_out="its mixture with RL",
     ),
     Method(
         "skd",
@@ -168,6 +176,7 @@ _PRESETS = (
         "skew reverse KL, ever more student-written and replayed batches (arXiv 2402.03898)",
         Objective("skew_reverse_kl", alpha=0.1),
         responses=sampling.replay,
+        left_out="its language-model term",
     ),
     Method(
         "clda",
@@ -175,6 +184,7 @@ _PRESETS = (
         teacher=OKD_TEACHER,
         online_module="non_salient",
         alternating=True,
+        left_out="carried over from vision: saliency and modules are ours",
     ),
     Method(
         "gated_ensemble",
@@ -182,6 +192,7 @@ _PRESETS = (
         Objective("forward_kl", ce_weight=1.0),
         loss=ensemble.ensemble,
         selection=selection.Gate,
+        left_out="carried over from click prediction",
     ),
     Method(
         "rl_multi_teacher",
@@ -189,6 +200,7 @@ _PRESETS = (
         Objective("forward_kl", ce_weight=1.0),
         loss=ensemble.ensemble,
         selection=selection.Policy,
+        left_out="rewards at the end of an epoch: here after each step",
     ),
     Method(
         "routed",

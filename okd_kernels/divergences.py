@@ -108,7 +108,7 @@ def _skew_kl(log_q, log_p, q, p, alpha, beta):
 
 
 def _skew_reverse_kl(log_q, log_p, q, p, alpha, beta):
-    """KL(q || m), m = (1 - alpha) p + alpha q  (DistiLLM, Eq. 4)"""
+    """KL(q || m), m = (1 - alpha) p + alpha q  (DistiLLM, arXiv 2402.03898, Eq. 4)"""
     m = positive((1 - alpha) * p + alpha * q)
     g = q * (log_q - log(m))
     return g - q + m, g + alpha * q * (1 - q / m)

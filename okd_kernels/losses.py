@@ -127,8 +127,8 @@ def distillation_loss(
     """`linear_distillation_loss` for a trainer that holds logits already: the same objectives, options and errors.
 
     The row mathematics is in fp32 whatever the logits' dtype, but logits rounded to bf16 have lost most of the gradient
-    of two similar models before they get here (see README, "Numerics"): prefer hidden states. With a `group`, each rank
-    has its columns of both.
+    of two similar models before they get here (docs/explanation/numerics.md): prefer hidden states. With a `group`,
+    each rank has its columns of both.
     """
     objectives = check_objectives(student, teacher, labels)
     for name, logits in (("student", student_logits), ("teacher", teacher_logits)):

@@ -38,8 +38,8 @@ class DistillationLoss(NamedTuple):
     """Losses of both sides, and detached per-token metrics.
 
     Attributes:
-        student, teacher: scalars, or per token with `reduction="none"`; fp32 (fp64 for fp64 inputs). `teacher` is None
-            where the teacher does not learn.
+        student: a scalar, or per token with `reduction="none"`; fp32 (fp64 for fp64 inputs).
+        teacher: the same; None where the teacher does not learn.
         metrics: name -> (...,) per-token numbers, zero in ignored rows: `forward_kl` = KL(teacher || student),
             `reverse_kl`, `student_entropy`, `teacher_entropy` (these at the loss's temperature), `student_nll`,
             `teacher_nll` (at temperature 1; zero without labels), `top1_agreement` (0 or 1). "teacher" is the target

@@ -1,23 +1,35 @@
-"""The README's code, run as it stands on tiny models: a user who copies a block must get a student that learns."""
+"""The documents' code, run as it stands on tiny models: a user who copies a block must get a student that learns."""
 
 import re
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from okd import METHODS
+from okd import OKDTrainer
 from okd.data import Collator
 from okd.encoding import encode
 from okd_kernels import LinearHead, linear_distillation_loss
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCKS = [b for page in PAGES for b in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)]
+RUN_HERE = (
+    "for batch in loader",
+    "class DistillationTrainer(Trainer)",
+    "class DistillationSFTTrainer",
+    "class DistillationAxolotlTrainer",
+    "class OnlineDistillation",
+    "OKDTrainer(student, teacher, args",
+    "def halves",
+)
+RUN_BY_TEST_TRL = ("class FusedDistillationTrainer", "trainer = FusedDistillationTrainer(")
 
 
 def block(text):
@@ -55,10 +67,9 @@ def arguments(tmp_path):
     }
 
 
-def test_every_block_is_python_and_named_here():
-    for source in BLOCKS:
-        compile(source, "README.md", "exec")
-    assert len(BLOCKS) == 5
+def test_every_block_is_run():
+    named = [block(text) for text in (*RUN_HERE, *RUN_BY_TEST_TRL)]
+    assert sorted(named) == sorted(BLOCKS)
 
 
 def test_plain_loop():
@@ -86,7 +97,7 @@ def collate(examples):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_transformers_trainer(tmp_path, bf16):
     namespace = {}
-    exec(block("class DistillationTrainer"), namespace)
+    exec(block("class DistillationTrainer(Trainer)"), namespace)
     student, teacher = tiny.llama(), tiny.llama(seed=1)
     before = kl(student, teacher)
     args = TrainingArguments(**arguments(tmp_path), remove_unused_columns=False, bf16=bf16)
@@ -104,7 +115,7 @@ def test_transformers_trainer(tmp_path, bf16):
 
 def test_transformers_trainer_without_a_response(tmp_path):
     namespace = {}
-    exec(block("class DistillationTrainer"), namespace)
+    exec(block("class DistillationTrainer(Trainer)"), namespace)
     args = TrainingArguments(**arguments(tmp_path))
     trainer = namespace["DistillationTrainer"](tiny.llama(), args, teacher=tiny.llama(seed=1))
     batch = collate(rows()[:2])
@@ -119,7 +130,7 @@ def test_transformers_trainer_without_a_response(tmp_path):
 def test_trl(tmp_path, packing):
     trl = pytest.importorskip("trl", reason="pip install okd-kernels[bench]")
     namespace = {}
-    for name in ("class DistillationTrainer", "class DistillationSFTTrainer"):
+    for name in ("class DistillationTrainer(Trainer)", "class DistillationSFTTrainer"):
         exec(block(name), namespace)
     student, teacher = tiny.llama(), tiny.llama(seed=1)
     before = kl(student, teacher)
@@ -158,27 +169,37 @@ def test_trainer_from_python(tmp_path):
     assert kl(student, teacher) < 0.8 * before
 
 
-def test_head_options_of_the_table():
-    """The table of divergences names every entry and its defaults."""
-    from okd_kernels import DIVERGENCES
-
-    for name, entry in DIVERGENCES.items():
-        (line,) = [line for line in README.splitlines() if line.startswith(f"| `{name}` |")]
-        for parameter, default in entry.parameters.items():
-            assert f"`{parameter}` = {default}" in line
-
-
-def test_every_preset_has_its_row_in_the_table():
-    rows = [
-        line.split("|")[1]
-        for line in README.splitlines()
-        if re.match(r"\| `\w+`[^|]*\| (dataset|student|teacher)", line)
-    ]
-    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    assert sorted(named) == sorted(METHODS)
+def test_axolotl(tmp_path, monkeypatch):
+    """With transformers' trainer in place of axolotl's, which inherits it."""
+    for name in ("axolotl", "axolotl.core", "axolotl.core.trainers", "axolotl.core.trainers.base"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["axolotl.core.trainers.base"].AxolotlTrainer = Trainer
+    namespace = {}
+    for name in ("class DistillationTrainer(Trainer)", "class DistillationAxolotlTrainer"):
+        exec(block(name), namespace)
+    student, teacher = tiny.llama(), tiny.llama(seed=1)
+    before = kl(student, teacher)
+    args = TrainingArguments(**arguments(tmp_path), remove_unused_columns=False)
+    trainer = namespace["DistillationAxolotlTrainer"](student, args, train_dataset=rows(), data_collator=collate)
+    trainer.teacher = teacher.eval().requires_grad_(False)
+    trainer.train()
+    assert kl(student, teacher) < 0.6 * before
 
 
-def test_loss_call_in_the_readme_matches_whole_logits():
+def test_method_of_ones_own(tmp_path):
+    namespace = {}
+    exec(block("def halves"), namespace)
+    losses = {}
+    for method in ("jsd", namespace["config"].method):
+        trainer = OKDTrainer(
+            tiny.llama(), tiny.llama(seed=1), tiny.config(tmp_path, method=method, max_steps=1),
+            train_dataset=tiny.examples(), processing_class=tiny.tokenizer(),
+        )  # fmt: skip
+        losses[trainer.args.resolved.name] = trainer.train().training_loss
+    assert losses["halves"] == pytest.approx(losses["jsd"] / 2, rel=1e-5)
+
+
+def test_loss_call_matches_whole_logits():
     x, w, y, u = torch.randn(5, 8), torch.randn(30, 8), torch.randn(5, 6), torch.randn(30, 6)
     loss = linear_distillation_loss(x, LinearHead(w), y, LinearHead(u))
     p, log_q = (y @ u.T).softmax(-1), (x @ w.T).log_softmax(-1)
