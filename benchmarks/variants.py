@@ -4,12 +4,13 @@ OKD's teacher follows a weak student down where a is large, and is SFT beside KD
 target rather than weigh it: p is the online teacher, q the student, L_t = a KL(q || p) + (1 - a) CE the teacher's loss,
 a `teacher_kl_weight`. They take the dataset's responses, and teachers with the student's tokenizer.
 
-    okd_trust_d, okd_leash_d   KL(base || p) is kept at d nats a token, by a or by a penalty that a controller sets
+    okd_trust_d                KL(base || p) is kept at d nats a token by a, which a controller sets
     okd_unc, okd_lost          the pull KL(q || p) where the token is hard for the teacher, or for the student
     okd_decay                  the module's learning rate falls to 0 by `online_stop`
 
-Further ones are options: `okd:online_start=0.3` begins when the student has caught up, `okd:online_stop=0.5` ends
-suddenly, `taid:online_teacher=True` has OKD's teacher as the end point of TAID's path.
+`okd_leash`, a preset, holds it by a penalty. Further ones are options: `okd:online_start=0.3` begins when the student
+has caught up, `okd:online_stop=0.5` ends suddenly, `taid:online_teacher=True` has OKD's
+teacher as the end point of TAID's path.
 """
 
 from __future__ import annotations
@@ -21,98 +22,41 @@ from torch import Tensor
 
 from okd import Method
 from okd.data import Batch
-from okd.meters import mean_over_ranks
+from okd.leash import Leash, from_base, is_measured
 from okd.methods import OKD_TEACHER
-from okd.models import head_of, response_rows
 from okd.objectives import Totals
 from okd.pair import StudentTeacher
 from okd_kernels import DistillationLoss, Objective
 
 BUDGETS = (0.05, 0.2)  # nats a token
-EVERY = 8  # steps between two measurements of the shift, which cost a forward pass of the base each
 
 
-def from_base(pair: StudentTeacher, batch: Batch, rows: Tensor, normalizer: Any, weight: float) -> DistillationLoss:
-    """weight KL(base || p) of p's rows (N, D), at temperature 1: `student` is the teacher here."""
-    with torch.no_grad(), pair.teacher.as_it_was() as model:
-        base, base_head = response_rows(model, batch, as_teacher=True), head_of(model, rows.device)
-    objectives: dict[str, Any] = {"student": Objective(weight=weight), "teacher": None}
-    heads = {"student_head": pair.teacher_head(), "teacher_head": base_head}
-    return pair.distil(rows, base, batch["targets"], normalizer, **heads, **objectives, temperature=1.0)
-
-
-class Controlled:
-    """A loss with a number, between `least` and `most`, that KL(base || p) of every `EVERY`-th step multiplies."""
-
-    budget, least, most = 0.0, 0.0, 0.0
-
-    def __init__(self, start: float):
-        self.state = {"value": start}
-        self.shifts: list[Tensor] = []  # of the step's micro-batches
-
-    @staticmethod
-    def is_measured(pair: StudentTeacher) -> bool:
-        return pair.training and pair.teacher_objective is not None and pair.seed[1] % EVERY == 0
-
-    def factor(self, ratio: float) -> float:
-        """ratio: the shift, in budgets."""
-        raise NotImplementedError
-
-    def after_update(self, pair: StudentTeacher, loss: float) -> None:
-        if self.is_measured(pair):
-            factor = self.factor(mean_over_ranks(self.shifts) / self.budget)
-            self.state["value"] = min(max(self.state["value"] * factor, self.least), self.most)
-        self.shifts = []
-
-
-class Trust(Controlled):
+class Trust(Leash):
     """OKD with a by the controller: it falls while KL(base || p) is above the budget, and rises while it is below.
 
     Cross-entropy moves the teacher too, but one that was tuned on the same responses little: its way is to the student.
     The budget is not held where cross-entropy alone, at the least a, exceeds it.
     """
 
-    least, most = 0.01, 0.9
+    least, most, budget = 0.01, 0.9, 0.0
 
     def __init__(self, options: Any):
-        super().__init__(options.resolved.teacher.weight)
+        self.leash, self.shifts = self.budget, []
+        self.state = {"value": options.resolved.teacher.weight}
 
-    def factor(self, ratio: float) -> float:
+    @staticmethod
+    def factor(ratio: float) -> float:
+        """Of a."""
         return min(max(1 / max(ratio, 1e-6), 0.8), 1.25)
 
     def __call__(self, pair: StudentTeacher, batch: Batch, totals: Totals) -> DistillationLoss:
         a, student, teacher = self.state["value"], pair.student_rows(batch), pair.teacher_rows(batch)
         objective = None if pair.teacher_objective is None else Objective(weight=a, ce_weight=1 - a)
         loss = pair.distil(student, teacher, batch["targets"], totals.tokens, teacher=objective)
-        if self.is_measured(pair):
+        if is_measured(pair):
             shift = from_base(pair, batch, teacher.detach(), totals.tokens, 1.0).metrics["forward_kl"]
             self.shifts.append(shift.sum() / max(len(shift), 1))
         return loss._replace(metrics=loss.metrics | {"kl_weight": torch.full_like(loss.metrics["forward_kl"], a)})
-
-
-class Leash(Controlled):
-    """OKD with L_t + b KL(base || p): b doubles above 1.5 budgets and is halved below 1 / 1.5, as PPO's adaptive
-    penalty (arXiv 1707.06347, Sec. 4). The base is run at every step at which the teacher learns."""
-
-    least, most = 1 / 64, 64.0
-
-    def __init__(self, options: Any):
-        super().__init__(1.0)
-
-    def factor(self, ratio: float) -> float:
-        return 2.0 if ratio > 1.5 else 0.5 if ratio < 1 / 1.5 else 1.0
-
-    def __call__(self, pair: StudentTeacher, batch: Batch, totals: Totals) -> DistillationLoss:
-        b, student, teacher = self.state["value"], pair.student_rows(batch), pair.teacher_rows(batch)
-        loss = pair.distil(student, teacher, batch["targets"], totals.tokens)
-        if loss.teacher is None:
-            return loss
-        held = from_base(pair, batch, teacher, totals.tokens, b)
-        shift = held.metrics["forward_kl"]
-        if self.is_measured(pair):
-            self.shifts.append(shift.sum() / max(len(shift), 1))
-        metrics = {"leash": torch.full_like(shift, b), "shift": shift}
-        return loss._replace(teacher=loss.teacher + held.student, metrics=loss.metrics | metrics)
 
 
 class Weighted:
@@ -169,7 +113,6 @@ def _variant(name: str, summary: str, loss: type, **constants: Any) -> Method:
 
 _VARIANTS = (
     *(_variant(f"okd_trust_{d}", f"a such that KL(base || p) is {d}", Trust, budget=d) for d in BUDGETS),
-    *(_variant(f"okd_leash_{d}", f"a penalty such that KL(base || p) is {d}", Leash, budget=d) for d in BUDGETS),
     _variant("okd_unc", "the pull where the teacher is unsure of the label", Weighted, whose="teacher"),
     _variant("okd_lost", "the pull where the student is unsure of the label", Weighted, whose="student"),
     _variant("okd_decay", "the module's learning rate falls to 0 by online_stop", Decay),

@@ -33,8 +33,9 @@ def generate_answers(
     batch_size: int = 16,
     progress: bool = True,
     **generation_kwargs: Any,
-) -> list[dict[str, str]]:
-    """`[{"id", "prompt", "reference", "answer"}]`: the model's greedy answers to the prompts of `rows`, in their order.
+) -> list[dict[str, Any]]:
+    """`[{"id", "prompt", "reference", "answer", "response"}]`: the model's greedy answers to the prompts of `rows`, in
+    their order, and as ids, with the one that ended it.
 
     The prompt is everything before the first response, the reference that response; none has special tokens. Rows of
     plain text, all response but for the first token, have no prompt and are left out. An answer ends at the tokenizer's
@@ -44,7 +45,7 @@ def generate_answers(
     def text(ids: list[int]) -> str:
         return tokenizer.batch_decode([ids], skip_special_tokens=True)[0]
 
-    asked: list[tuple[list[int], dict[str, str]]] = []
+    asked: list[tuple[list[int], dict[str, Any]]] = []
     for row in rows:
         prompt, reference = prompt_and_reference(row)
         if len(prompt) > 1 and reference:
@@ -62,6 +63,7 @@ def generate_answers(
     )
     for (_, answer), response in zip(asked, responses, strict=True):
         answer["answer"] = text(response[:-1] if response[-1:] and response[-1] in ends else response)
+        answer["response"] = response
     return [answer for _, answer in asked]
 
 
@@ -119,7 +121,7 @@ def generate_responses(
     return responses
 
 
-def rouge_l(answers: Sequence[dict[str, str]]) -> float:
+def rouge_l(answers: Sequence[dict[str, Any]]) -> float:
     """100 * mean F1 of the longest common subsequence of words of "answer" and "reference" (Lin 2004).
 
     Computed by `rouge_score`, whose words are stems of a-z and 0-9. Where most letters of a reference are others, its
@@ -166,7 +168,8 @@ def batches(
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}; 8 is the default")
     ordered = sorted(items, key=length, reverse=True)
-    for start in tqdm(range(0, len(ordered), batch_size), description, leave=False, disable=not progress):
+    silent: dict[str, Any] = {} if progress else {"disable": True}  # else as TQDM_DISABLE says
+    for start in tqdm(range(0, len(ordered), batch_size), description, leave=False, **silent):
         yield ordered[start : start + batch_size]
 
 

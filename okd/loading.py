@@ -174,26 +174,15 @@ def _load_models(
 ) -> tuple[Any, Any, Any, list[Any]]:
     student: Any
     teacher: Any = None
-    tokenizer: Any = None
-    others, tokenizers = list(sources.values()), list[Any]()
+    others, (tokenizer, tokenizers) = list(sources.values()), load_tokenizers(config, args, sources)
     of_student = _load_options(config, "student", args.device)
     if is_deepspeed_zero3_enabled() and of_student["dtype"] == "auto" and args.student_lora_rank is None:
         of_student["dtype"] = "float32"  # not cast afterwards, where each process has a part
     of_teacher = _load_options(config, "teacher", torch.device(args.teacher_device or args.device))
     if others:
         first = others.pop(0)
-        place = first if args.teacher_tokenizer in (None, AUTO) else args.teacher_tokenizer
-        tokenizer = load_tokenizer(place)
         teacher = _shape_of(config, first) if is_stored else load_teacher(config, args, sources)
-        tokenizers.append(tokenizer)
     if config.student is not None:
-        student_tokenizer = load_tokenizer(config.student)
-        if tokenizer is not None and args.teacher_tokenizer is None:
-            check_tokenizers(student_tokenizer, tokenizer, args.vocab_size)
-            if not student_tokenizer.chat_template and tokenizer.chat_template:
-                print(f"{config.student} has no chat template: its teacher's is used, and saved with it")
-                student_tokenizer.chat_template = tokenizer.chat_template
-        tokenizer = student_tokenizer
         student = load_model(
             config.student, adapter="train" if _trains_its_adapter(config, args) else "merge", **of_student
         )
@@ -206,13 +195,26 @@ def _load_models(
         student = keep_layers(student, parse_layers(config.student_layers, n_layers))
     if of_student["dtype"] == "auto" and args.student_lora_rank is None and not hasattr(student, "peft_config"):
         student = student.float()
-    for source in others:
-        if not is_adapter(source):
-            tokenizers.append(load_tokenizer(source))
-            check_tokenizers(tokenizer, tokenizers[-1], args.vocab_size)
     if others:  # after the student, which is a copy of the first without adapters
         teacher = load_ensemble(teacher, sources, **of_teacher)
     return student, teacher, tokenizer, tokenizers
+
+
+def load_tokenizers(config: ModelOptions, args: Any, sources: Mapping[str, str]) -> tuple[Any, list[Any]]:
+    """(the student's, the teachers'). Raises ValueError where they differ and no `teacher_tokenizer` allows it."""
+    places = [source for i, source in enumerate(sources.values()) if i == 0 or not is_adapter(source)]
+    if places and args.teacher_tokenizer not in (None, AUTO):
+        places[0] = args.teacher_tokenizer
+    tokenizers = [load_tokenizer(place) for place in places]
+    own = tokenizers[0] if config.student is None else load_tokenizer(config.student)
+    if tokenizers and config.student is not None and args.teacher_tokenizer is None:
+        check_tokenizers(own, tokenizers[0], args.vocab_size)
+        if not own.chat_template and tokenizers[0].chat_template:
+            print(f"{config.student} has no chat template: its teacher's is used, and saved with it")
+            own.chat_template = tokenizers[0].chat_template
+    for other in tokenizers[1:]:
+        check_tokenizers(own, other, args.vocab_size)
+    return own, tokenizers
 
 
 def quantization_config(bits: str, library: str | None, device: torch.device) -> Any:

@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers.utils import logging
 
+from okd.clock import EVALUATING, timed
 from okd.data import Batch
 from okd.durable import writing
 from okd.models import evaluating
@@ -178,7 +179,7 @@ class Logging:
         if "teacher_top_k" in (self._last_batch or ()):  # at another temperature alone
             return {}
         meters = Meters()
-        with evaluating(self.pair), self.accelerator.autocast():
+        with timed(EVALUATING), evaluating(self.pair), self.accelerator.autocast():
             metrics = self.pair(self._last_batch, loss=distance_from_base).metrics
         names = {"base_forward_kl": "forward_kl", "teacher_shift": "teacher_shift"}
         for name, metric in names.items():

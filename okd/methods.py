@@ -16,6 +16,7 @@ from typing import Any
 from okd import ensemble, mixup, objectives, on_policy, sampling, selection
 from okd.cache import CacheOptions
 from okd.decoding import Draw
+from okd.leash import Leash
 from okd.online import MODULE_OPTIONS, OnlineOptions
 from okd.options import groups_of, option
 from okd.teachers import SelfTeacherOptions
@@ -102,6 +103,13 @@ class Method:
 _SFT = Objective(weight=0.0, ce_weight=1.0)
 _PRESETS = (
     Method("okd", "online KD (arXiv 2409.12512): the teacher's online module trains too", teacher=OKD_TEACHER),
+    Method(
+        "okd_leash",
+        "online KD whose teacher is held near its base, by a penalty on KL(base || teacher)",
+        teacher=Objective("forward_kl", weight=0.7, ce_weight=0.3),
+        loss=Leash,
+        left_out="a published source: it is ours (benchmarks/RESULTS.md)",
+    ),
     Method("sft", "supervised fine-tuning: cross-entropy, no teacher", _SFT, loss=objectives.cross_entropy),
     Method("forward_kd", "KL(teacher || student), teacher frozen"),
     Method("reverse_kd", "KL(student || teacher), teacher frozen", Objective("reverse_kl")),

@@ -19,6 +19,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from okd.clock import STUDENT, TEACHER, timed
 from okd.layers import decoder_of, states_above
 from okd.sharding import shape_of, whole
 from okd_kernels import LinearHead, has_fast_gemm
@@ -353,10 +354,11 @@ def response_rows(model: Any, batch: Batch, as_teacher: bool = False) -> Tensor:
     run = None
     if as_teacher and "teacher_states" in batch:
         run = partial(states_above, layer=batch["teacher_layer"], states=batch["teacher_states"])
-    if prefix or "position_ids" not in batch:
-        states = hidden_states(model, input_ids, mask, run)
-    else:
-        states = packed_states(model, input_ids, batch["position_ids"], run)
+    with timed(TEACHER if as_teacher else STUDENT):
+        if prefix or "position_ids" not in batch:
+            states = hidden_states(model, input_ids, mask, run)
+        else:
+            states = packed_states(model, input_ids, batch["position_ids"], run)
     return states.flatten(0, 1)[positions.to(states.device)].to(positions.device)
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from okd.cache import Head
+from okd.clock import LOSS, timed
 from okd.data import Batch
 from okd.models import device_of, response_rows
 from okd.objectives import Loss, Totals
@@ -123,7 +124,8 @@ class StudentTeacher(nn.Module):
         chosen: Loss = loss or self.loss
         if self.routers.coefficient and self.training and self.student_learns and torch.is_grad_enabled():
             chosen = self.routers.beside(chosen)
-        result = chosen(self, batch, totals)
+        with timed(LOSS):
+            result = chosen(self, batch, totals)
         if self.is_replicated and torch.is_grad_enabled() and self.training and (idle := self.idle()):
             return result._replace(student=_WithZeros.apply(result.student, *idle))
         return result

@@ -60,6 +60,7 @@ class Plan:
         traffic: bytes that a device receives in one optimizer step, and sends as many.
         parameters: how many, by model, and how many of them train.
         tokens: of one optimizer step, in rows of full length, all of which are taken to be response tokens.
+        models: skeletons, with what trains in them: the student's, then the teachers'; None: cannot be built.
         layer: configuration of one of the student's layers; rows: (B, T); autocast: dtype of the products, or None.
     """
 
@@ -68,6 +69,7 @@ class Plan:
     autocast: torch.dtype | None
     rows: tuple[int, int]
     sharding: str = "ddp"  # of `okd.cluster.SHARDINGS`
+    models: list[Any] = field(default_factory=list)
     layer: Any = None
     tokens: int = 0
     parts: list[Part] = field(default_factory=list)
@@ -251,6 +253,7 @@ class _Planner:
         student = self._student(self.config.student or sources[0])
         result.tokens = self.n * self.steps
         result.layer = student.config
+        result.models = [model.skeleton for model in (student, *teachers)]
         result.parameters = {"student": student.n, "student, that train": student.trainable}
         result.parameters |= {f"teacher{_number(i, teachers)}": t.n - t.trainable for i, t in enumerate(teachers)}
         self._count_student(student)

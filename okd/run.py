@@ -10,7 +10,6 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from okd.answers import end_tokens
 from okd.callbacks import First
 from okd.checkpoints import ADAPTER, STUDENT
 from okd.checks import with_vocab_size
+from okd.clock import EVALUATING, LOADING, SAVING, timed
 from okd.config import OKDConfig
 from okd.data import column
 from okd.durable import (
@@ -46,8 +46,10 @@ from okd.hub import create_repository
 from okd.loading import ModelOptions, files_of, load_models, load_teacher, stored_states, teacher_sources
 from okd.models import is_dispatched
 from okd.options import check, option
+from okd.page import PAGE, write_page
 from okd.plan import available_memory, check_fits, plan
-from okd.report import format_samples, format_table, plot_curves
+from okd.record import REPORT, Record
+from okd.report import format_samples, format_table
 from okd.sharding import is_elsewhere
 from okd.sources import DataOptions, encode_all, open_all
 from okd.trackers import check_trackers, send
@@ -59,8 +61,10 @@ RUN_FILES = {
     "teacher_adapter",
     "metrics.json",
     "config.yaml",
-    "curves.png",
+    "curves.png",  # of earlier versions
     BEFORE,
+    REPORT,
+    PAGE,
     "log.jsonl",
     "method.json",
     "responses",
@@ -104,21 +108,26 @@ class RunConfig(ModelOptions, DataOptions):
             raise ValueError(f"expected eval_share between 0 and 1; got {self.eval_share}")
 
 
-def run(config: RunConfig, args: OKDConfig, examples: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
-    """Distil, and return what `metrics.json` holds. `examples` replace the files of the configuration.
+DERIVED = {"accelerator_config", "ddp_find_unused_parameters", "do_eval", "output_dir"}  # set by others, or shown apart
+DEFAULTS = {field.name: field.default for group in (RunConfig, OKDConfig) for field in dataclasses.fields(group)}
 
-    Under `args.output_dir`: student/, teacher_adapter/, metrics.json, config.yaml, log.jsonl, curves.png, checkpoints.
+
+def run(config: RunConfig, args: OKDConfig) -> dict[str, Any]:
+    """Distil, and return what `metrics.json` holds.
+
+    Under `args.output_dir`: student/, teacher_adapter/, report.html and what it shows (metrics.json, config.yaml,
+    log.jsonl, before.json, report.json), checkpoints.
     Raises ValueError, FileNotFoundError, FileExistsError saying what to do.
     """
     started, output_dir = time.perf_counter(), Path(str(args.output_dir))
     sources = teacher_sources(config, args)
-    opened = open_all(config, examples)
+    opened = open_all(config)
     checkpoint = _check_output_dir(config, output_dir)
     check_trackers(args.report_to)
-    with begun(output_dir, args.process_index == 0):
+    with begun(output_dir, args.process_index == 0), Record(args) as record:
         if args.push_to_hub and args.process_index == 0:
             create_repository(args)
-        return _run(config, args, sources, opened, checkpoint, started)
+        return _run(config, args, sources, opened, checkpoint, started, record)
 
 
 def cache_teacher(config: RunConfig, args: OKDConfig) -> None:
@@ -181,22 +190,43 @@ def _prepare(
 
 
 def _run(
-    config: RunConfig, args: OKDConfig, sources: Any, opened: Any, checkpoint: str | None, started: float
+    config: RunConfig,
+    args: OKDConfig,
+    sources: Any,
+    opened: Any,
+    checkpoint: str | None,
+    started: float,
+    record: Record,
 ) -> dict[str, Any]:
     output_dir, method = Path(str(args.output_dir)), args.resolved
-    check_fits(plan(config, args), available_memory(args.device))
-    transformers.set_seed(args.seed)
-    trainer, teacher, prompts, written_config = _prepare(config, args, sources, opened, checkpoint)
+    with timed(LOADING):
+        planned = plan(config, args)
+        check_fits(planned, available_memory(args.device))
+        transformers.set_seed(args.seed)
+        trainer, teacher, prompts, written_config = _prepare(config, args, sources, opened, checkpoint)
     args = trainer.args
+    differing = yaml.safe_load(written_config).items()
+    options = {name: value for name, value in differing if name not in DERIVED and value != DEFAULTS.get(name)}
+    record.about |= {
+        "summary": method.summary,
+        "options": options,
+        "versions": versions(),
+        "parameters": planned.parameters,
+    }
+    record.planned = planned.peak
 
     def begin() -> None:
         """With the models where they will train, and before anything of the training."""
         nonlocal teacher
         trainer.fill_cache()
+        if checkpoint:
+            record.resume(trainer, config)
+        else:
+            record.choose(trainer, _judge(trainer, teacher), config)
         if trainer.cache is not None and not trainer.is_sharded:
             trainer.pair.teacher.release()
             teacher = None
-        before = None if checkpoint else _measured(trainer, teacher, config, prompts)
+        before = None if checkpoint else measured("before")
         trainer.accelerator.wait_for_everyone()  # all have looked at output_dir
         if args.process_index == 0:
             if config.overwrite and not checkpoint:
@@ -204,6 +234,12 @@ def _run(
             write_whole(output_dir / "config.yaml", written_config)
             if before is not None:
                 write_whole(output_dir / BEFORE, json.dumps(before))
+        record.write()
+
+    def measured(when: str) -> Measured:
+        scores, answers = _measured(trainer, teacher, config, prompts)
+        record.answered(when, trainer, _judge(trainer, teacher), answers)
+        return scores, answers
 
     after: Measured = {}, []
     seconds: dict[str, float] = {}
@@ -211,9 +247,10 @@ def _run(
     def end() -> None:
         nonlocal after
         seconds["training"] = round(time.perf_counter() - training_started, 1)
-        with writing(output_dir / STUDENT, output_dir):
+        with timed(SAVING), writing(output_dir / STUDENT, output_dir):
             trainer.save_model(str(output_dir))
-        after = _measured(trainer, teacher, config, prompts)
+        after = measured("after")
+        record.compare_speed(trainer, config)
         if args.process_index == 0:
             send(trainer, "after", after[0], trainer.state.global_step)
 
@@ -230,26 +267,31 @@ def _run(
     metrics = {"before": before[0], "after": after[0], "method": method.name, "seed": args.seed}
     metrics |= {"steps": result.global_step, "seconds": seconds, "versions": versions()}
     if args.process_index == 0:
-        _report(trainer, output_dir, metrics, before[1], after[1])
+        _report(trainer, output_dir, metrics, record)
         if args.push_to_hub:
             trainer.upload_student()
     return metrics
 
 
-Measured = tuple[dict[str, Any], list[dict[str, str]]]  # metrics and answers, as `okd.evaluate` has them
+Measured = tuple[dict[str, Any], list[dict[str, Any]]]  # metrics and answers, as `okd.evaluate` has them
+
+
+def _judge(trainer: OKDTrainer, teacher: Any) -> Any:
+    """What student and teacher are held against; None where there is none."""
+    args, judge = trainer.args, trainer.pair.teacher
+    if judge is None and teacher is not None and not is_elsewhere(teacher):  # where a method without one has left it
+        judge = teacher if is_dispatched(teacher) else teacher.to(args.teacher_device or args.device)
+    return judge if getattr(judge, "judges", True) else None
 
 
 def _measured(trainer: OKDTrainer, teacher: Any, config: RunConfig, prompts: dict[str, str | None]) -> Measured:
     """Of the held-out rows; answers stand beside the prompts as the data have them."""
-    args, judge = trainer.args, trainer.pair.teacher
-    if judge is None and teacher is not None and not is_elsewhere(teacher):  # where a method without one has left it
-        judge = teacher if is_dispatched(teacher) else teacher.to(args.teacher_device or args.device)
-    rows: Any = trainer.eval_dataset
-    with trainer.accelerator.autocast():
+    args, judge, rows = trainer.args, _judge(trainer, teacher), trainer.eval_dataset
+    with timed(EVALUATING), trainer.accelerator.autocast():
         scores, answers = trainer.inside(
             lambda: evaluate(
                 trainer.pair.student,
-                judge if getattr(judge, "judges", True) else None,
+                judge,
                 trainer.tokenizer,
                 rows,
                 batch_size=args.per_device_eval_batch_size,
@@ -272,19 +314,17 @@ def _before(output_dir: Path) -> Measured:
     return json.loads((output_dir / "metrics.json").read_text())["before"], []
 
 
-def _report(
-    trainer: OKDTrainer, output_dir: Path, metrics: dict[str, Any], before: list[dict], after: list[dict]
-) -> None:
-    """Curves, metrics.json, and what a person reads at the end."""
-    if any("loss" in entry for entry in trainer.state.log_history):
-        with writing(output_dir / "curves.png", output_dir):
-            plot_curves(trainer.state.log_history, output_dir / "curves.png")
+def _report(trainer: OKDTrainer, output_dir: Path, metrics: dict[str, Any], record: Record) -> None:
+    """metrics.json, report.html, and what a person reads at the end."""
     write_whole(output_dir / "metrics.json", json.dumps(metrics, indent=2))
+    record.write()
     trainer.create_model_card()
     print(f"\n{format_table(metrics['before'], metrics['after'])}")
-    if before:
-        print(f"\n{format_samples(before, after, count=3)}")
-    print(f"\nStudent, metrics and curves are in {output_dir} ({metrics['seconds']['all']:.0f} s).")
+    if shown := format_samples(record.samples):
+        print(f"\n{shown}")
+    with timed(SAVING):
+        write_page([output_dir], output_dir / PAGE)
+    print(f"\nStudent, metrics and {PAGE} are in {output_dir} ({metrics['seconds']['all']:.0f} s).")
 
 
 def versions() -> dict[str, str]:

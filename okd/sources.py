@@ -8,7 +8,6 @@ examples need no common schema.
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ class DataOptions:
         None, "shares in which rows are drawn from several train_data, until each has been read through"
     )
     eval_data: list[str] | None = option(
-        None, "held-out examples, as train_data; default: a share of train_data, chosen by hash of the prompt"
+        None, "held-out examples, as train_data; default: a share of train_data, by hash of the prompt"
     )
     data_columns: list[str] | None = option(
         None, "our names of fields and theirs in the data, such as messages=conversations or prompt=question"
@@ -113,16 +112,14 @@ def _starts_with_bracket(path: Path) -> bool:
         return next((byte for line in file for byte in line.strip()[:1]), b"") == ord("[")
 
 
-def open_all(
-    config: DataOptions, examples: Sequence[Mapping[str, Any]] | None = None
-) -> dict[str, list[tuple[str, Any]]]:
-    """The data sets of a run and their names, by "train", "held-out" and "text". `examples` replace train_data.
+def open_all(config: DataOptions) -> dict[str, list[tuple[str, Any]]]:
+    """The data sets of a run and their names, by "train", "held-out" and "text".
 
     Raises ValueError without training data, FileNotFoundError for what is not there.
     """
-    if examples is None and not config.train_data:
+    if not config.train_data:
         raise ValueError("expected training data; got none: pass --train-data with JSON lines, parquet or a hub id")
-    weights, n = config.train_weights, len(config.train_data or ())
+    weights, n = config.train_weights, len(config.train_data)
     if weights is not None and (len(weights) != n or min(weights) <= 0):
         raise ValueError(f"expected train_weights above 0, one for each of {n} train_data; got {weights}")
     if config.stream and weights is None and n > 1:
@@ -130,15 +127,11 @@ def open_all(
             f"expected train_weights with a stream of {n} train_data, which would come one after the other; got none: "
             "pass the shares in which to draw from them"
         )
-    found = {
-        "train": [] if examples is not None else [open_data(s, config.stream) for s in config.train_data or ()],
+    return {
+        "train": [open_data(source, config.stream) for source in config.train_data],
         "held-out": [open_data(source) for source in config.eval_data or ()],
         "text": [open_data(source) for source in config.lm_data or ()],
     }
-    if examples is not None:  # as lines, since they need no common schema
-        lines = [json.dumps(example) for example in examples]
-        found["train"] = [("", datasets.Dataset.from_dict({LINE: lines}))]
-    return found
 
 
 def encode_all(

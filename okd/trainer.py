@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from okd.alignment import alignment_of
 from okd.answers import end_tokens
 from okd.callbacks import AroundUpdate, Bar, Lines
 from okd.checkpoints import Checkpointing
+from okd.clock import BACKWARD, GENERATING, timed
 from okd.config import OKDConfig
 from okd.data import Batch, Collator
 from okd.durable import Durable
@@ -125,7 +127,7 @@ class OKDTrainer(Logging, Evaluation, Filling, Checkpointing, Sharded, Hub, Dura
         self.ends = ends
         for callback in (ProgressCallback, PrinterCallback):
             self.pop_callback(callback)
-        self.add_callback(Lines if args.disable_tqdm else Bar)
+        self.add_callback(Lines if args.disable_tqdm or os.environ.get("TQDM_DISABLE") else Bar)
         self.add_callback(AroundUpdate(self))
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
@@ -161,18 +163,25 @@ class OKDTrainer(Logging, Evaluation, Filling, Checkpointing, Sharded, Hub, Dura
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.pair.at(self.state.global_step, self.state.max_steps)
         if not self.sampler.is_idle and batches:
-            self.sampler.push(step=self.state.global_step)
-            if self.sampler.is_served:
-                batches = self.sampler(batches, self.state.global_step)
-            else:
-                with self.accelerator.autocast():  # as in the step
-                    batches = self.inside(lambda: self.sampler(batches, self.state.global_step), self.pair.student)
+            with timed(GENERATING):
+                batches = self._sampled(batches)
         shared = ranks() > 1 and self.args.average_tokens_across_devices
         return batches, Totals.of(batches, (lambda x: summed(x.to(device))) if shared else None)
+
+    def _sampled(self, batches: list[Batch]) -> list[Batch]:
+        self.sampler.push(step=self.state.global_step)
+        if self.sampler.is_served:
+            return self.sampler(batches, self.state.global_step)
+        with self.accelerator.autocast():  # as in the step
+            return self.inside(lambda: self.sampler(batches, self.state.global_step), self.pair.student)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """`Totals` count instead."""
         return None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with timed(BACKWARD):  # but for what `response_rows` and the pair take of it
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         totals = Totals.of([inputs]) if num_items_in_batch is None else num_items_in_batch

@@ -2,10 +2,6 @@
 
 import hashlib
 import json
-import os
-import pydoc
-import subprocess
-import sys
 
 import pytest
 import tiny
@@ -19,7 +15,6 @@ from okd.data import Collator, rows_of, rows_written, seed_of, uniform
 from okd.encoding import Encoded, encode
 from okd.examples import read_jsonl, split_by_hash
 from okd.models import response_rows
-from okd.stdlib_examples import stdlib_examples
 
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
@@ -651,75 +646,24 @@ def test_seeds_and_numbers_hang_on_their_parts_alone():
     assert uniform(7, "a") == seed_of(7, "a") / 2**63
 
 
-# --- stdlib_examples and split_by_hash ---
-
-
-@pytest.fixture(scope="module")
-def stdlib():
-    return stdlib_examples()
-
-
-def test_stdlib_answers_are_docstrings_of_the_objects_they_name(stdlib):
-    by_id = {example["id"]: example for example in stdlib}
-    assert by_id["os.path.join"]["prompt"] == "What does `os.path.join` do?"
-    assert by_id["os.path.join"]["completion"].startswith("Join two or more pathname components, inserting '/' as")
-    assert by_id["json.dumps"]["completion"] == "Serialize ``obj`` to a JSON formatted ``str``."  # of a package
-    assert by_id["ZeroDivisionError"]["prompt"] == "What is `ZeroDivisionError`?"
-    assert by_id["threading.Thread.daemon"]["prompt"] == "What is `threading.Thread.daemon`?"  # a property
-    # Both docstrings begin with a signature, which is dropped.
-    assert by_id["os.makedirs"]["completion"].startswith("Super-mkdir; create a leaf directory")
-    assert by_id["math.log"]["completion"] == "Return the logarithm of x to the given base."
-
-    modules = ("collections", "dict", "json", "math", "os", "re", "str", "sys", "textwrap", "threading", "time")
-    checked = [example for example in stdlib if example["id"].split(".")[0] in modules]
-    for example in checked:
-        named = pydoc.locate(example["id"])
-        assert example["completion"] in " ".join(named.__doc__.split()), example["id"]
-    assert len(checked) > 300
-
-
-def test_stdlib_examples_are_well_formed(stdlib):
-    ids, answers = [example["id"] for example in stdlib], [example["completion"] for example in stdlib]
-    assert 3000 < len(stdlib) < 6000
-    assert ids == sorted(set(ids)) and len(set(answers)) == len(answers)
-    for name, answer, example in zip(ids, answers, stdlib, strict=True):
-        assert example["prompt"] in (f"What does `{name}` do?", f"What is `{name}`?")
-        assert 20 <= len(answer) <= 600 and answer == " ".join(answer.split())
-        assert ">>>" not in answer and "->" not in answer
-        assert not any(part.startswith("_") for part in name.split("."))
-        assert name.split(".")[0] not in ("test", "idlelib", "lib2to3", "turtledemo", "encodings", "ensurepip")
-
-
-@pytest.mark.slow
-def test_stdlib_examples_are_equal_in_another_process_and_import_no_python_module(stdlib):
-    code = """
-import json, sys
-from okd.stdlib_examples import stdlib_examples
-before = set(sys.modules)
-examples = stdlib_examples()
-imported = {name: getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - before}
-print(json.dumps([examples, [name for name, file in imported.items() if file and file.endswith(".py")]]))
-"""
-    environment = {**os.environ, "PYTHONHASHSEED": "1"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert json.loads(run.stdout) == [stdlib, []]
-    assert stdlib_examples() == stdlib
+# --- split_by_hash ---
 
 
 def is_held_out(text, share=0.1):
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) < share * 16**8
 
 
-def test_split_is_a_function_of_the_prompt_alone(stdlib):
-    train, held_out = split_by_hash(stdlib)
-    oracle = [is_held_out(e["prompt"]) for e in stdlib]
-    assert held_out == [e for e, out in zip(stdlib, oracle, strict=True) if out]
-    assert train == [e for e, out in zip(stdlib, oracle, strict=True) if not out]
-    assert 0.08 < len(held_out) / len(stdlib) < 0.12
-    assert split_by_hash(stdlib[::2])[1] == [e for e in stdlib[::2] if e in held_out]
-    more = split_by_hash(stdlib, held_out=0.3)[1]
+def test_split_is_a_function_of_the_prompt_alone():
+    examples = [{"id": str(i), "prompt": f"What is {i}?", "completion": "?"} for i in range(3000)]
+    train, held_out = split_by_hash(examples)
+    oracle = [is_held_out(e["prompt"]) for e in examples]
+    assert held_out == [e for e, out in zip(examples, oracle, strict=True) if out]
+    assert train == [e for e, out in zip(examples, oracle, strict=True) if not out]
+    assert 0.08 < len(held_out) / len(examples) < 0.12
+    assert split_by_hash(examples[::2])[1] == [e for e in examples[::2] if e in held_out]
+    more = split_by_hash(examples, held_out=0.3)[1]
     assert {e["id"] for e in held_out} < {e["id"] for e in more}
-    assert split_by_hash(stdlib, 0) == (stdlib, []) and split_by_hash(stdlib, 1) == ([], stdlib)
+    assert split_by_hash(examples, 0) == (examples, []) and split_by_hash(examples, 1) == ([], examples)
 
 
 def test_a_line_more_moves_no_other_example_to_another_side(tmp_path):

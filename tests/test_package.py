@@ -41,10 +41,10 @@ def test_importing_the_losses_is_light():
 
 
 def test_training_without_its_packages_says_what_to_install():
-    code = "import sys; sys.modules['transformers'] = None; import okd_kernels, okd.cli"
+    code = "import sys; sys.modules['transformers'] = None; import okd_kernels, okd; okd.OKDTrainer"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     last = result.stderr.strip().splitlines()[-1]
-    assert last == "ImportError: okd expected transformers; got no such package: pip install 'okd-kernels[train]'"
+    assert last == 'ImportError: okd expected transformers; got no such package: pip install "okd-kernels[train]"'
 
 
 def test_imports_point_one_way():

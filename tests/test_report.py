@@ -1,113 +1,66 @@
-"""okd.report: what is drawn, read back from the figure; what is printed, to the letter."""
+"""okd.report: what is read of a run's directory, and what is printed, to the letter."""
 
 from __future__ import annotations
 
+import json
 import math
-import sys
 
 import pytest
 
-from okd import report
-from okd.report import format_samples, format_table, plot_curves
+from okd.report import format_samples, format_table, read_run
 
 LOG = [
     {"step": 10, "epoch": 0.1, "loss": 3.0, "student_loss": 2.0, "teacher_loss": 1.0, "learning_rate": 1e-4},
     {"step": 10, "eval_loss": 2.9, "eval_forward_kl": 1.5, "eval_top1_agreement": 0.25, "eval_runtime": 3.0},
     {"step": 20, "loss": 2.5, "student_loss": 1.5, "teacher_loss": math.nan, "learning_rate": 5e-5},
     {"step": 20, "base_forward_kl": 1.25, "top1_agreement": 0.5, "tokens_per_second": None},
-    {"step": 20, "online_learning_rate": 2e-4},
-    {"step": 30, "loss": 2.0, "student_loss": None, "teacher_loss": 0.5, "learning_rate": 0.0},
-    {"step": 30, "base_forward_kl": math.inf, "top1_agreement": 0.75, "grad_norm": 1.0},
-    {"loss": 99.0},  # no step
-    {"step": 30, "train_runtime": 12.0, "train_loss": 2.5},
+    {"step": 30, "loss": 2.0, "student_loss": "inf", "teacher_loss": 0.5, "learning_rate": 0.0},
+    {"loss": 99.0, "student_loss": 99.0},  # no step
 ]
 
 
-def drawn(log_history) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """{panel title: {legend label: points}} of the figure."""
-    panels = {}
-    for axes in report._figure(log_history).axes:
-        lines = {line.get_label(): [tuple(point) for point in line.get_xydata().tolist()] for line in axes.get_lines()}
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == list(lines)
-        panels[axes.get_title()] = lines
-    return panels
+def log_file(path, entries, end=""):
+    (path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries) + end)
 
 
-def test_every_finite_value_is_drawn_in_its_panel_and_nothing_else():
-    assert drawn(LOG) == {
-        "Loss": {
-            "total": [(10, 3.0), (20, 2.5), (30, 2.0)],
-            "student": [(10, 2.0), (20, 1.5)],
-            "teacher's online module": [(10, 1.0), (30, 0.5)],
-            "eval_loss, held out": [(10, 2.9)],
-        },
-        "KL(base teacher ‖ student)": {"training": [(20, 1.25)], "held out": [(10, 1.5)]},
-        "Top-1 agreement with the teacher": {"training": [(20, 50.0), (30, 75.0)], "held out": [(10, 25.0)]},
-        "Learning rate": {
-            "student": [(10, 1e-4), (20, 5e-5), (30, 0.0)],
-            "teacher's online module": [(20, 2e-4)],
-        },
-    }
+def test_a_curve_has_every_finite_value_and_nothing_else(tmp_path):
+    log_file(tmp_path, LOG)
+    run = read_run(tmp_path)
+    assert run.points("student_loss") == [(10, 2.0), (20, 1.5)]
+    assert run.points("teacher_loss") == [(10, 1.0), (30, 0.5)]
+    assert run.points("tokens_per_second") == [] and run.steps == 30
 
 
-def test_axes_are_labelled_with_units_and_begin_at_zero():
-    figure = report._figure([*LOG, {"step": 30, "tokens_per_second": 1000.0}])
-    units = ["nats per token", "nats per token", "% of tokens", "learning rate", "tokens per second"]
-    assert [axes.get_ylabel() for axes in figure.axes] == units
-    assert {axes.get_xlabel() for axes in figure.axes} == {"step"}
-    assert figure.get_suptitle() == "Training curves"
-    assert all(axes.get_ylim()[0] <= 0 < axes.get_ylim()[1] for axes in figure.axes)
-    figure.draw_without_rendering()  # places the panels: the fifth has a row to itself
-    widths = [axes.get_position().width for axes in figure.axes]
-    assert widths[4] > 1.9 * widths[0]
-    (negative,) = report._figure([{"step": 1, "loss": -2.0}, {"step": 2, "loss": 1.0}]).axes
-    assert negative.get_ylim()[0] < -2
+def test_held_out_curves_begin_before_and_end_after_the_training(tmp_path):
+    log_file(tmp_path, LOG)
+    (tmp_path / "before.json").write_text(json.dumps([{"forward_kl": 2.0}, []]))
+    assert read_run(tmp_path).points("eval_forward_kl") == [(0, 2.0), (10, 1.5)], "of a run that goes on"
+    figures = {"before": {"forward_kl": 2.5}, "after": {"forward_kl": 1.0}, "steps": 30}
+    (tmp_path / "metrics.json").write_text(json.dumps(figures))
+    assert read_run(tmp_path).points("eval_forward_kl") == [(0, 2.5), (10, 1.5), (30, 1.0)]
 
 
-def test_a_single_point_is_visible():
-    (axes,) = report._figure([{"step": 1, "loss": 2.0}]).axes
-    assert axes.get_lines()[0].get_marker() == "o"
+def test_lines_and_files_that_are_cut_short_are_passed_over(tmp_path):
+    log_file(tmp_path, LOG[:1], end='{"step": 20, "student_l')
+    for name in ("before.json", "metrics.json", "report.json"):
+        (tmp_path / name).write_text('{"before": {"forw')
+    run = read_run(tmp_path)
+    assert run.points("student_loss") == [(10, 2.0)] and run.before == run.after == run.record == {}
 
 
-def test_the_file_is_a_png_of_150_dpi(tmp_path):
-    path = tmp_path / "new folder" / "curves.png"
-    plot_curves(LOG, path)
-    content = path.read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
-    assert (width, height) == (11 * 150, 6.5 * 150)
-    assert [entry.name for entry in path.parent.iterdir()] == ["curves.png"]
+def test_what_a_run_is_leaves_seeds_and_places_out(tmp_path):
+    (tmp_path / "config.yaml").write_text("method: okd\nseed: 3\ndata_seed: 1\noutput_dir: runs/a\n")
+    assert read_run(tmp_path).configuration == {"method": "okd"}
 
 
-def test_a_plot_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "curves.png"
-    path.write_bytes(b"old")
-
-    def savefig(self, target, **_):
-        target.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
-    with pytest.raises(OSError, match="disk full"):
-        plot_curves(LOG, path)
-    assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("curves.png", b"old")]
-
-
-def test_the_callers_matplotlib_is_left_alone(tmp_path):
-    import matplotlib
-
-    before = dict(matplotlib.rcParams)
-    loaded = "matplotlib.pyplot" in sys.modules
-    plot_curves(LOG, tmp_path / "curves.png")
-    assert dict(matplotlib.rcParams) == before
-    assert ("matplotlib.pyplot" in sys.modules) == loaded
-
-
-@pytest.mark.parametrize("log", [[], [{"step": 1, "loss": math.nan, "epoch": 1.0}], [{"loss": 1.0}]])
-def test_a_log_with_nothing_to_plot_is_refused(tmp_path, log):
-    with pytest.raises(ValueError, match=f"one of loss, student_loss, .*, got {len(log)} without"):
-        plot_curves(log, tmp_path / "curves.png")
-    assert list(tmp_path.iterdir()) == []
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(
+        FileNotFoundError, match=r"expected the directory of a run, with config.yaml, .* pass the --out"
+    ):
+        read_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match="got none of them"):
+        read_run(tmp_path / "nowhere")
 
 
 BEFORE = {
@@ -150,43 +103,52 @@ def test_table_leaves_out_what_either_lacks():
         format_table({"forward_kl": 1.0}, after)
 
 
-def answers(count: int, answer: str) -> list[dict[str, str]]:
+def samples(count: int) -> list[dict]:
     return [
-        {"id": f"row {i}", "prompt": f"What is {i}?", "reference": f"It is {i}.", "answer": f"{answer} {i}"}
+        {
+            "id": f"row {i}",
+            "prompt": f"What is {i}?",
+            "reference": f"It is {i}.",
+            "teacher": f"well {i}",
+            "before": {"answer": f"old {i}", "tokens": None},
+            "after": {"answer": f"new {i}", "tokens": None},
+        }
         for i in range(count)
     ]
 
 
 def test_samples_text():
-    before, after = answers(1, " Well,\n\n  no")[0], answers(1, "")[0]
-    after["answer"] = " \n"
-    before["prompt"] = "abcdefgh " * 12
-    assert format_samples([before], [after]) == (
+    (sample,) = samples(1)
+    sample |= {"prompt": "abcdefgh " * 12, "before": {"answer": " Well,\n\n  no 0"}, "after": {"answer": " \n"}}
+    text = (
         "[row 0]\n"
         "prompt     abcdefgh abcdefgh abcdefgh abcdefgh abcdefgh abcdefgh abcdefgh abcdefgh abcdefgh abcdefgh\n"
         "           abcdefgh abcdefgh\n"
         "reference  It is 0.\n"
+        "teacher    well 0\n"
         "before     Well,\n"
         "\n"
         "             no 0\n"
         "after      (nothing)"
     )
+    assert format_samples([sample]) == text
+    as_reference = text.replace("reference  It is 0.\n", "").replace("well 0", "It is 0.")
+    assert format_samples([{**sample, "teacher": "It is 0."}]) == as_reference, "which need not be said twice"
+    del sample["teacher"]
+    assert format_samples([sample]) == text.replace("teacher    well 0\n", "")
 
 
 def test_samples_end_by_column_100_even_without_spaces():
-    lines = format_samples(answers(1, "x" * 300), answers(1, "y z" * 100)).splitlines()
-    assert max(map(len, lines)) == 100
+    (sample,) = samples(1)
+    sample |= {"before": {"answer": "x" * 300}, "after": {"answer": "y z" * 100}}
+    assert max(map(len, format_samples([sample]).splitlines())) == 100
 
 
 @pytest.mark.parametrize(("count", "chosen"), [(0, []), (1, [0]), (3, [0, 2, 5]), (8, range(8)), (99, range(8))])
-def test_samples_are_spread_evenly_over_the_rows_both_answered(count, chosen):
-    before, after = answers(9, "old")[1:], answers(9, "new")[::-1]  # paired by id, whatever the order
-    text = format_samples(before, after, count)
-    assert [line for line in text.splitlines() if line.startswith("[")] == [f"[row {i + 1}]" for i in chosen]
+def test_samples_are_spread_evenly_over_those_that_are_answered_twice(count, chosen):
+    killed = samples(9)[8]
+    del killed["after"]
+    text = format_samples([*samples(8), killed], count)
+    assert [line for line in text.splitlines() if line.startswith("[")] == [f"[row {i}]" for i in chosen]
     for i in chosen:
-        assert f"before     old {i + 1}\nafter      new {i + 1}" in text
-
-
-def test_samples_of_different_rows_are_refused():
-    with pytest.raises(ValueError, match="got 2 before and 1 after, no id in both"):
-        format_samples(answers(2, "old"), [{**answers(1, "new")[0], "id": "other"}])
+        assert f"before     old {i}\nafter      new {i}" in text

@@ -47,7 +47,8 @@ def metrics(output):
 def test_a_run_saves_everything_and_learns(folder, tmp_path, capsys):
     output = tmp_path / "run"
     assert train(folder, output, "--save-strategy", "no") == 0
-    expected = ["before.json", "config.yaml", "curves.png", "log.jsonl", "metrics.json", "student", "teacher_adapter"]
+    expected = ["before.json", "config.yaml", "log.jsonl", "metrics.json", "report.html", "report.json", "student"]
+    expected.append("teacher_adapter")
     assert sorted(p.name for p in output.iterdir()) == expected
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [1, 2, 4, 6, 6] and log[0]["student_loss"] > log[3]["student_loss"]
@@ -58,7 +59,7 @@ def test_a_run_saves_everything_and_learns(folder, tmp_path, capsys):
     assert (found["method"], found["steps"], found["seed"]) == ("okd", 6, 42)
     printed = capsys.readouterr().out
     assert "forward KL to the base teacher" in printed and "train: 60 examples" in printed
-    assert (output / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert (output / "report.html").read_text().endswith("</html>")
     # The saved student is the trained one, and loads without this library.
     student = AutoModelForCausalLM.from_pretrained(output / "student")
     start = AutoModelForCausalLM.from_pretrained(folder / "student")
@@ -123,7 +124,7 @@ def on_two_processes(arguments):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "okd.cli"]
     done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Student, metrics and curves are in") == done.stdout.count("held-out:") == 1
+    assert done.stdout.count("Student, metrics and report.html are in") == done.stdout.count("held-out:") == 1
 
 
 @pytest.mark.slow
@@ -657,4 +658,4 @@ def test_traceback_on_request(folder, tmp_path, monkeypatch):
 
 
 def test_every_command_is_documented():
-    assert set(cli.COMMANDS) == {"demo", "train", "plan", "cache", "evaluate", "generate", "env"}
+    assert set(cli.COMMANDS) == {"demo", "train", "plan", "cache", "evaluate", "report", "generate", "env"}

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from benchmarks import variants
-from benchmarks.variants import EVERY, VARIANTS
-from okd import OKDConfig, OKDTrainer, checkpoints
+from benchmarks.variants import VARIANTS
+from okd import OKDConfig, OKDTrainer, checkpoints, leash
 from okd.data import Collator
 from okd.encoding import encode
+from okd.leash import EVERY
 from okd.online import Online, attach_online_module
 from okd.pair import StudentTeacher
 from okd.teachers import as_it_was
@@ -85,7 +85,7 @@ def test_trust_is_okd_with_an_a_of_its_own(value):
 
 @pytest.mark.parametrize("value", [1.0, 4.0])
 def test_leash_adds_the_way_from_the_base(value):
-    both, inputs = pair("okd_leash_0.05", temperature=2.0), batch()
+    both, inputs = pair("okd_leash", temperature=2.0), batch()
     both.loss.state["value"] = value
     log_q, log_p, log_base = log_probabilities(both, inputs)
     soft_q, soft_p = ((x / 2).log_softmax(-1) for x in (log_q, log_p))  # the penalty is at temperature 1
@@ -106,7 +106,7 @@ def test_the_pull_is_weighted_by_difficulty(name):
     assert_is(both, inputs, kl(log_p.detach(), log_q).mean(), teacher.mean())
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, "okd_leash"])
 def test_a_teacher_that_rests_is_frozen(name):
     """Where `online_every` lets it, the variants are forward KD, and measure nothing."""
     both, inputs = pair(name, online_every=3), batch()
@@ -122,7 +122,7 @@ def test_a_teacher_that_rests_is_frozen(name):
 
 @pytest.mark.parametrize(
     "name, above, below, limits",
-    [("okd_trust_0.2", 0.8, 1.25, (0.01, 0.9)), ("okd_leash_0.2", 2.0, 0.5, (1 / 64, 64.0))],
+    [("okd_trust_0.2", 0.8, 1.25, (0.01, 0.9)), ("okd_leash", 2.0, 0.5, (1 / 64, 64.0))],
 )
 def test_the_controller_moves_its_number_towards_the_budget(name, above, below, limits, tmp_path, monkeypatch):
     """At every 8th step by that step's shift, over its micro-batches; half-way it goes through a checkpoint."""
@@ -134,7 +134,7 @@ def test_the_controller_moves_its_number_towards_the_budget(name, above, below, 
     value = both.loss.state["value"]
     for step in range(2 * EVERY + 1):
         shift = sum(shifts) / 2
-        monkeypatch.setattr(type(both.loss), "budget", shift / 2 if step < EVERY else 2 * shift)
+        monkeypatch.setattr(both.loss, "leash", shift / 2 if step < EVERY else 2 * shift)
         both.at(step, 100)
         for one in inputs:
             both(one)
@@ -151,7 +151,7 @@ def test_the_controller_moves_its_number_towards_the_budget(name, above, below, 
             both.loss.state["value"] = 0.7
             checkpoints.load(both, tmp_path)
     for budget, limit in ((1e9, limits[0] if below < 1 else limits[1]), (1e-9, limits[1] if below < 1 else limits[0])):
-        monkeypatch.setattr(type(both.loss), "budget", budget)
+        monkeypatch.setattr(both.loss, "leash", budget)
         for _ in range(50):
             both.at(0, 100)
             both.loss.shifts = [torch.tensor(0.1)]
@@ -160,7 +160,7 @@ def test_the_controller_moves_its_number_towards_the_budget(name, above, below, 
 
 
 def test_near_its_budget_the_leash_stays():
-    both = pair("okd_leash_0.2")
+    both = pair("okd_leash", teacher_leash=0.2)
     for shift in (0.14, 0.2, 0.29):
         both.loss.shifts = [torch.tensor(shift)]
         both.after_update(1.0)
@@ -189,7 +189,7 @@ def trainer(folder, name, callbacks=None, teacher=None, **options):
 @pytest.mark.slow
 def test_the_shift_is_held(tmp_path, monkeypatch):
     """Of a teacher that was tuned on the responses; without a controller it follows the student far from its base."""
-    monkeypatch.setattr(variants, "EVERY", 1)
+    monkeypatch.setattr(leash, "EVERY", 1)
     teacher = tiny.llama(seed=1, layers=3, hidden=48)
     OKDTrainer(
         teacher,
@@ -199,19 +199,19 @@ def test_the_shift_is_held(tmp_path, monkeypatch):
         processing_class=tiny.tokenizer(),
     ).train()
     ends = {}
-    for name in ("okd", "okd_trust_0.05", "okd_leash_0.05"):
+    for name in ("okd", "okd_trust_0.05", "okd_leash"):
         given = copy.deepcopy(teacher)
         run = trainer(tmp_path, name, teacher=given, teacher_kl_weight=0.9, max_steps=60, online_rank=4)
         run.train()
         shifts = [entry["teacher_shift"] for entry in run.state.log_history if "teacher_shift" in entry]
         ends[name] = sum(shifts[-20:]) / 20
     assert ends["okd"] > 0.2
-    assert 0.005 < ends["okd_trust_0.05"] < 0.1 and 0.005 < ends["okd_leash_0.05"] < 0.1
+    assert 0.005 < ends["okd_trust_0.05"] < 0.1 and 0.005 < ends["okd_leash"] < 0.1
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, "okd_leash"])
 def test_every_variant_resumes_bit_for_bit(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(variants, "EVERY", 2)
+    monkeypatch.setattr(leash, "EVERY", 2)
     whole = trainer(tmp_path / "whole", name, max_steps=6)
     whole.train()
     trainer(tmp_path / "parts", name, max_steps=6, save_strategy="steps", save_steps=3).train()
