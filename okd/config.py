@@ -18,7 +18,7 @@ from okd.decoding import Draw
 from okd.encoding import RowOptions
 from okd.hub import check_push_options
 from okd.kept import KeptOptions
-from okd.leash import LeashOptions
+from okd.leash import Leash, LeashOptions
 from okd.methods import METHODS, OKD_TEACHER, DivergenceOptions, Method, readers_of
 from okd.mixup import MixupOptions
 from okd.models import find_device
@@ -275,7 +275,7 @@ class OKDConfig(
                 "expected online_module prefix without gradient_checkpointing, which drops its keys; got both: "
                 "leave one out, or use online_module=lora"
             )
-        if method.alternating and (not self.online or method.loss is not objectives.divergence):
+        if method.alternating and not (self.online and method.loss in (objectives.divergence, Leash)):
             raise ValueError(
                 f"expected alternating with a method whose teacher learns by its divergence, such as okd or clda; got "
                 f"{method.name}: leave it out"

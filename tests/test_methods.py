@@ -162,6 +162,7 @@ def test_a_sampling_policy_of_ones_own(tmp_path):
 
 FIXED = {  # divergence of the student, its cross-entropy, who writes
     "okd": (Objective("forward_kl"), sampling.dataset),
+    "okd_leash": (Objective("forward_kl"), sampling.dataset),
     "sft": (Objective(weight=0.0, ce_weight=1.0), sampling.dataset),
     "forward_kd": (Objective("forward_kl"), sampling.dataset),
     "reverse_kd": (Objective("reverse_kl"), sampling.dataset),
@@ -193,10 +194,11 @@ def test_presets_are_the_published_methods(name):
     assert method == METHODS[name] and method.name == name and config.method == name
     student, responses = FIXED[name]
     assert method.student == student and method.responses is responses
-    online = {"okd": ("lora", False), "clda": ("non_salient", True)}.get(name)
+    online = {"okd": ("lora", False), "okd_leash": ("lora", False), "clda": ("non_salient", True)}.get(name)
     assert config.online is (online is not None)
     if online is not None:
-        assert method.teacher == Objective("forward_kl", weight=0.1, ce_weight=0.9)
+        a = 0.7 if name == "okd_leash" else 0.1
+        assert method.teacher == Objective("forward_kl", weight=a, ce_weight=round(1 - a, 9))
         assert (method.online_module, method.alternating) == online
     assert method.needs_teacher is (name != "sft")
     assert method.takes_several is (name in ("gated_ensemble", "rl_multi_teacher", "routed"))
@@ -219,6 +221,7 @@ def test_every_preset_has_its_numbers():
     assert (config.skd_gamma, config.skd_top_k, config.skd_top_p) == (5, 25, 0.5)
     assert (config.skd_student_temperature, config.skd_teacher_temperature) == (0.5, 0.2)
     assert (config.online_rank, config.online_alpha, config.online_dropout, config.online_layers) == (32, None, 0, 1)
+    assert config.teacher_leash == 0.05
     assert config.replay_size == 1000 and config.num_beams == 5 and objectives.RANKED == 5
     assert (sampling.PHI_STEP, sampling.LOSS_RISE) == (0.1, 0.1)
     assert not config.skew_curriculum and config.lowering_start == 1.0 and config.length_normalized
@@ -319,10 +322,11 @@ def test_which_presets_read_a_group():
     expected = {
         "DivergenceOptions": divergence,
         "SelfTeacherOptions": one_teacher,
-        "OnlineOptions": ["okd", "clda"],
-        "LoraOptions": ["okd"],
+        "OnlineOptions": ["okd", "okd_leash", "clda"],
+        "LoraOptions": ["okd", "okd_leash"],
         "PromptOptions": [],
         "SalienceOptions": ["clda"],
+        "LeashOptions": ["okd_leash"],
         "TaidOptions": ["taid"],
         "MixupOptions": ["mixkd"],
         "SelectionOptions": ["gated_ensemble", "rl_multi_teacher"],
@@ -339,7 +343,7 @@ def test_which_presets_read_a_group():
         "TokenizerOptions": [n for n in divergence if METHODS[n].loss is objectives.divergence],
         "ReplayOptions": ["distillm"],
         "CacheOptions": [
-            *["okd", "forward_kd", "reverse_kd", "jsd", "skew_kd", "alpha_beta_kd", "taid", "rlkd", "clda"]
+            *["okd", "okd_leash", "forward_kd", "reverse_kd", "jsd", "skew_kd", "alpha_beta_kd", "taid", "rlkd", "clda"]
         ],
     }
     assert {group.__name__: readers_of(group) for group in GROUPS} == expected
@@ -410,7 +414,7 @@ def test_overrides(options, expected):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"method": "none"}, r"expected method to be one of okd, sft, .*, or a Method; got 'none'"),
+        ({"method": "none"}, r"expected method to be one of okd, okd_leash, .*, or a Method; got 'none'"),
         ({"student_divergence": "kl"}, r"expected a divergence out of forward_kl, .*; got 'kl'"),
         ({"student_divergence": "jsd", "divergence_alpha": 0.1}, "jsd has no alpha; got divergence_alpha: leave it"),
         ({"method": "gkd", "divergence_beta": 1.5}, "jsd: expected beta between 0 and 1; got 1.5"),
