@@ -152,7 +152,7 @@ def test_retained_graphs_under_compile(reduction):
     assert_as_eager(found[:4], [3 * x for x in found[4:]], [3 * x for x in twice(loss, double(tensors))[4:]])
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_one_side_alone_under_compile(side, backend):
     """The other one's gradient is zero: a graph has an output for each input."""

@@ -632,13 +632,13 @@ def test_objectives_of_the_presets():
     assert student(method="skew_kd") == Objective("skew_kl", alpha=0.1)
     assert student(method="forward_kd", student_ce_weight=0.5) == Objective(ce_weight=0.5)
     online = {name for name in METHODS if OKDConfig(method=name).resolved.teacher is not None}
-    assert online == {"okd", "clda"}
+    assert online == {"okd", "okd_leash", "clda"}
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"method": "okdd"}, "expected method to be one of okd, sft, forward_kd.*got 'okdd'"),
+        ({"method": "okdd"}, "expected method to be one of okd, okd_leash, sft.*got 'okdd'"),
         ({"student_divergence": "kl"}, "expected a divergence out of"),
         ({"divergence_beta": 0.5}, "forward_kl has no beta; got divergence_beta"),
         ({"method": "jsd", "divergence_beta": 2.0}, "beta between 0 and 1"),
