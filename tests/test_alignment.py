@@ -484,14 +484,16 @@ def test_a_run_from_the_command_lines_options(tmp_path, source):
         source = str(tmp_path / "elsewhere")
         load_tokenizer(str(tmp_path / "teacher")).save_pretrained(source)
         byte_level().save_pretrained(tmp_path / "teacher")  # of no use
-    config = RunConfig(student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), eval_answers=0)
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, docs())))
+    places = {name: str(tmp_path / name) for name in ("student", "teacher")}
+    config = RunConfig(**places, train_data=[str(tmp_path / "data.jsonl")], eval_answers=0)
     options = {"method": "okd", "teacher_tokenizer": source, "max_length": 64, "max_steps": 3}
-    metrics = run(config, tiny.config(tmp_path / "run", **options), docs())
+    metrics = run(config, tiny.config(tmp_path / "run", **options))
     assert metrics["after"]["forward_kl"] < metrics["before"]["forward_kl"]
     assert f"teacher_tokenizer: {source}" in (tmp_path / "run" / "config.yaml").read_text()
     if source == "auto":
         with pytest.raises(ValueError, match="teacher_tokenizer=auto to compare them where both tokenizers end"):
-            run(config, tiny.config(tmp_path / "other", method="okd"), docs())
+            run(config, tiny.config(tmp_path / "other", method="okd"))
 
 
 def test_okd_evaluate_measures_as_a_run_does(tmp_path, capsys):
