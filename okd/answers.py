@@ -161,6 +161,12 @@ def seeded(seed: int, *models: PreTrainedModel) -> Iterator[None]:
         yield
 
 
+def bar(items: range, description: str, is_shown: bool) -> Iterable[int]:
+    """These with a progress bar, which TQDM_DISABLE hides, too."""
+    silent: dict[str, Any] = {} if is_shown else {"disable": True}
+    return tqdm(items, description, leave=False, **silent)
+
+
 def batches(
     items: Sequence[Item], length: Callable[[Item], int], batch_size: int, description: str, progress: bool
 ) -> Iterator[list[Item]]:
@@ -168,8 +174,7 @@ def batches(
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}; 8 is the default")
     ordered = sorted(items, key=length, reverse=True)
-    silent: dict[str, Any] = {} if progress else {"disable": True}  # else as TQDM_DISABLE says
-    for start in tqdm(range(0, len(ordered), batch_size), description, leave=False, **silent):
+    for start in bar(range(0, len(ordered), batch_size), description, progress):
         yield ordered[start : start + batch_size]
 
 

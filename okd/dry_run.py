@@ -12,18 +12,16 @@ from typing import Any
 
 import yaml
 
-from okd.alignment import alignment_of
-from okd.answers import end_tokens
 from okd.chat import IGNORE
 from okd.checks import check_data, check_ids, with_vocab_size
 from okd.config import OKDConfig
 from okd.data import Row, lengths_of
-from okd.encoding import Encoded, Encoder, encoder_options, in_lines
-from okd.loading import load_tokenizers, teacher_sources
-from okd.models import describe_parameters, is_adapter, stop_tokens
+from okd.encoding import Encoded, Encoder, in_lines
+from okd.loading import load_tokenizers, teacher_sources, whole_teachers
+from okd.models import describe_parameters, stop_tokens
 from okd.plan import Plan, available_memory, measured_tflops, plan
-from okd.run import DEFAULTS, DERIVED, RunConfig, _check_output_dir, _check_same_run, exact_config
-from okd.sources import encode_all, open_all
+from okd.run import RunConfig, check_output_dir, check_same_run, chosen_options, encoded, exact_config
+from okd.sources import open_all
 from okd.trackers import check_trackers
 
 LOOKED_AT = 100  # records of a stream
@@ -36,7 +34,7 @@ def dry_run(config: RunConfig, args: OKDConfig, colour: bool = False) -> str:
     sources, opened = teacher_sources(config, args), open_all(config)
     check_trackers(args.report_to)
     found = plan(config, args)
-    places = [source for i, source in enumerate(sources.values()) if i == 0 or not is_adapter(source)]
+    places = whole_teachers(sources)
     for model, source in zip(found.models, [config.student or places[0], *places], strict=True):
         if model is not None and (ends := stop_tokens(source)):
             model.generation_config.eos_token_id = sorted(ends)
@@ -44,10 +42,7 @@ def dry_run(config: RunConfig, args: OKDConfig, colour: bool = False) -> str:
     tokenizer, teacher_tokenizers = load_tokenizers(config, args, sources)
     if None not in found.models:
         args = with_vocab_size(args, student, teachers or None, tokenizer, teacher_tokenizers)
-    alignment = alignment_of(args, tokenizer, teacher_tokenizers, student, teachers or None)
-    ends = end_tokens(tokenizer, *found.models) if alignment is None else alignment.ends
-    encoder = Encoder(tokenizer, ends=ends, columns=config.columns, alignment=alignment, **encoder_options(args))
-    data = encode_all(config, args, opened, encoder)
+    encoder, data = encoded(config, args, opened, tokenizer, teacher_tokenizers, student, teachers or None)
     rows = None if config.stream else data["train"].rows
     first, counts = _looked_at(data, opened["train"], encoder)
     texts = () if data["text"] is None else data["text"].rows
@@ -55,8 +50,7 @@ def dry_run(config: RunConfig, args: OKDConfig, colour: bool = False) -> str:
     if student is not None:
         check_ids(student, args, rows, texts, data["held-out"].rows)
     written = yaml.safe_dump(exact_config(config, args), sort_keys=False)
-    differing = {k: v for k, v in yaml.safe_load(written).items() if k not in DERIVED and v != DEFAULTS.get(k)}
-    options = yaml.safe_dump(differing, sort_keys=False, allow_unicode=True)
+    options = yaml.safe_dump(chosen_options(written), sort_keys=False, allow_unicode=True)
     parts = {
         f"Options (method {args.resolved.name}: {args.resolved.summary})": options,
         "Data": counts,
@@ -139,9 +133,9 @@ def _files(config: RunConfig, args: OKDConfig, written_config: str) -> str:
     if args.push_to_hub:
         lines.append(f"the hub: {args.hub_model_id or directory.name}")
     try:
-        checkpoint = _check_output_dir(config, directory)
+        checkpoint = check_output_dir(config, directory)
         if config.resume:
-            _check_same_run(directory / "config.yaml", written_config)
+            check_same_run(directory / "config.yaml", written_config)
         lines += [f"it goes on from {checkpoint}"] if checkpoint else []
         lines += (
             ["the run that is there is removed"] if config.overwrite and (directory / "config.yaml").is_file() else []

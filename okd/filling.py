@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm import tqdm
 from transformers.utils import logging
 
-from okd.answers import batches
+from okd.answers import bar, batches
 from okd.cache import DTYPES, Missing, TeacherCache, as_read, plain_head
 from okd.clock import CACHE, timed
 from okd.data import Batch, Collator, Packed, Row, on_device
@@ -102,9 +101,7 @@ def _compute(
     # divided weights want all to compute as long as one does
     n = together(len(parts))
     is_first = own[:1] == missing[:1]
-    # else as TQDM_DISABLE says
-    silent: dict[str, Any] = {"disable": True} if options.disable_tqdm or not is_first else {}
-    for i in tqdm(range(n), "teacher cache", leave=False, **silent):
+    for i in bar(range(n), "teacher cache", is_first and not options.disable_tqdm):
         part = [as_read(rows[one.at]) for one in (parts[i] if i < len(parts) else missing[:1])]
         with evaluating(model), autocast(), _or_refuse(cache, model):
             entries = _entries(cache, model, on_device(collate(part), device_of(model)))

@@ -200,9 +200,14 @@ def _load_models(
     return student, teacher, tokenizer, tokenizers
 
 
+def whole_teachers(sources: Mapping[str, str]) -> list[str]:
+    """Those that are models, rather than adapters of the first."""
+    return [source for i, source in enumerate(sources.values()) if i == 0 or not is_adapter(source)]
+
+
 def load_tokenizers(config: ModelOptions, args: Any, sources: Mapping[str, str]) -> tuple[Any, list[Any]]:
     """(the student's, the teachers'). Raises ValueError where they differ and no `teacher_tokenizer` allows it."""
-    places = [source for i, source in enumerate(sources.values()) if i == 0 or not is_adapter(source)]
+    places = whole_teachers(sources)
     if places and args.teacher_tokenizer not in (None, AUTO):
         places[0] = args.teacher_tokenizer
     tokenizers = [load_tokenizer(place) for place in places]

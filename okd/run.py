@@ -122,7 +122,7 @@ def run(config: RunConfig, args: OKDConfig) -> dict[str, Any]:
     started, output_dir = time.perf_counter(), Path(str(args.output_dir))
     sources = teacher_sources(config, args)
     opened = open_all(config)
-    checkpoint = _check_output_dir(config, output_dir)
+    checkpoint = check_output_dir(config, output_dir)
     check_trackers(args.report_to)
     with begun(output_dir, args.process_index == 0), Record(args) as record:
         if args.push_to_hub and args.process_index == 0:
@@ -164,11 +164,8 @@ def _prepare(
     # Before the trainer, whose accelerator would miss what this sets up anew.
     written_config = yaml.safe_dump(exact_config(config, args), sort_keys=False)
     if config.resume:
-        _check_same_run(Path(str(args.output_dir)) / "config.yaml", written_config)
-    alignment = alignment_of(args, tokenizer, teacher_tokenizers, student, teacher)
-    ends = end_tokens(tokenizer, student, *models_of(teacher)) if alignment is None else alignment.ends
-    encoder = Encoder(tokenizer, ends=ends, columns=config.columns, alignment=alignment, **encoder_options(args))
-    data = encode_all(config, args, opened, encoder)
+        check_same_run(Path(str(args.output_dir)) / "config.yaml", written_config)
+    _, data = encoded(config, args, opened, tokenizer, teacher_tokenizers, student, teacher)
     if args.process_index == 0:
         print("\n".join(f"{use}: {part.summary()}" for use, part in data.items() if isinstance(part, Encoded)))
     held_out: Any = data["held-out"].rows[: config.eval_examples]
@@ -189,6 +186,22 @@ def _prepare(
     return trainer, teacher, prompts, written_config
 
 
+def encoded(
+    config: RunConfig, args: OKDConfig, opened: Any, tokenizer: Any, teacher_tokenizers: Any, student: Any, teacher: Any
+) -> tuple[Encoder, dict[str, Any]]:
+    """The data of a run, and what has encoded them: for both tokenizers where there are two."""
+    alignment = alignment_of(args, tokenizer, teacher_tokenizers, student, teacher)
+    ends = end_tokens(tokenizer, student, *models_of(teacher)) if alignment is None else alignment.ends
+    encoder = Encoder(tokenizer, ends=ends, columns=config.columns, alignment=alignment, **encoder_options(args))
+    return encoder, encode_all(config, args, opened, encoder)
+
+
+def chosen_options(written_config: str) -> dict[str, Any]:
+    """The options of config.yaml that somebody chose: what differs from the defaults, and is not derived."""
+    options = yaml.safe_load(written_config).items()
+    return {name: value for name, value in options if name not in DERIVED and value != DEFAULTS.get(name)}
+
+
 def _run(
     config: RunConfig,
     args: OKDConfig,
@@ -205,11 +218,9 @@ def _run(
         transformers.set_seed(args.seed)
         trainer, teacher, prompts, written_config = _prepare(config, args, sources, opened, checkpoint)
     args = trainer.args
-    differing = yaml.safe_load(written_config).items()
-    options = {name: value for name, value in differing if name not in DERIVED and value != DEFAULTS.get(name)}
     record.about |= {
         "summary": method.summary,
-        "options": options,
+        "options": chosen_options(written_config),
         "versions": versions(),
         "parameters": planned.parameters,
     }
@@ -351,7 +362,7 @@ def exact_config(config: RunConfig, args: OKDConfig) -> dict[str, Any]:
     return {**{k: v for k, v in own.items() if v is not None or getattr(RunConfig, k) is not None}, **chosen}
 
 
-def _check_output_dir(config: RunConfig, output_dir: Path) -> str | None:
+def check_output_dir(config: RunConfig, output_dir: Path) -> str | None:
     """The checkpoint to go on from, or None. Raises FileExistsError rather than touch another run."""
     holds_run = output_dir.is_dir() and any(map(_is_of_a_run, output_dir.iterdir()))
     if config.resume:
@@ -374,7 +385,7 @@ def _check_output_dir(config: RunConfig, output_dir: Path) -> str | None:
     return None
 
 
-def _check_same_run(path: Path, written_config: str) -> None:
+def check_same_run(path: Path, written_config: str) -> None:
     """Raise ValueError where a run would go on with other options than it began with, but for `FREE_TO_CHANGE`."""
     if not path.is_file():
         return
