@@ -15,6 +15,7 @@ Legend: V vocabulary (of this rank), D' columns of a head whose gradient is want
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -26,10 +27,11 @@ from okd_kernels.gemms import accumulate, logits_into
 from okd_kernels.sharding import Vocabulary
 
 DIRECTIONS, PROBES = 8, 8
-SAMPLED_ROWS, ITERATIONS = 4096, 2  # of the search for a head's common directions
+SAMPLED_ROWS, ITERATIONS = 1024, 2  # of the search for a head's common directions
 BLOCK_ROWS = 8  # a CPU's: a pass over them finds them in its cache
 ALIGNMENT = 64  # K is a multiple of it
-SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)  # which a bound chooses from, or all
+TRIED_ROWS = 64  # of a chunk, by a bound
+SHARES = (0.05, 0.1, 0.2, 0.3)  # which a bound chooses from, or all
 METRICS = ("dx_error", "columns_kept")  # of a side
 
 
@@ -97,6 +99,28 @@ class Compact(NamedTuple):
         grad_weight[self.columns] = rows
 
 
+class Directions(NamedTuple):
+    """What the rows of a head have in common, U (D', r), and the probes R (D', s), as the GEMMs have both."""
+
+    basis: Tensor  # (r, D') U^T
+    head: Tensor  # (V, r + s) W [U, R]
+    leaking: Tensor  # (r, s) U^T R, what the probes see of the basis
+
+    @classmethod
+    def of(cls, weight: Tensor, drawn: Tensor) -> Directions:
+        """drawn (D', r + s): where the search for U begins, and R; in the dtype of what is measured."""
+        count = drawn.shape[1] - PROBES
+        basis, probes = drawn[:, :count], drawn[:, count:]
+        sample = weight[:: -(-len(weight) // SAMPLED_ROWS)].to(drawn.dtype)
+        for _ in range(ITERATIONS):
+            basis = torch.linalg.qr(sample.t() @ (sample @ basis)).Q
+        basis = basis.to(weight.dtype).to(drawn.dtype)
+        both = torch.cat([basis, probes], 1).t().contiguous().to(weight.dtype)
+        seen = torch.empty(len(both), len(weight), dtype=drawn.dtype, device=weight.device)
+        logits_into(both, weight, seen)
+        return cls(both[:count], seen.t().to(weight.dtype).contiguous(), basis.t() @ probes)
+
+
 class Compaction:
     """Chooses the columns of one side of a call, chunk by chunk."""
 
@@ -110,41 +134,38 @@ class Compaction:
     ):
         self.options, self.weight, self.dtype, self.vocabulary = options, weight, dtype, vocabulary
         self.kept, self.n = 0, n  # columns of all chunks, each times its rows
+        generator = torch.Generator(weight.device).manual_seed(0)  # one on all ranks
+        width = weight.shape[1]
+        self.drawn = torch.randn(
+            width, min(DIRECTIONS, width) + PROBES, dtype=dtype, device=weight.device, generator=generator
+        )
         self.probed = torch.zeros(2, n, PROBES, dtype=dtype, device=weight.device)  # E R, dX R
-        self._find_directions()
 
-    def _find_directions(self) -> None:
-        weight, (v, width), device = self.weight, self.weight.shape, self.weight.device
-        generator = torch.Generator(device).manual_seed(0)  # one on all ranks
-        count = min(DIRECTIONS, width)
-        drawn = torch.randn(width, count + PROBES, dtype=self.dtype, device=device, generator=generator)
-        basis, probes = drawn[:, :count], drawn[:, count:]
-        sample = weight[:: -(-v // SAMPLED_ROWS)].to(self.dtype)
-        for _ in range(ITERATIONS):
-            basis = torch.linalg.qr(sample.t() @ (sample @ basis)).Q
-        basis = basis.to(weight.dtype).to(self.dtype)  # as the GEMMs will have it
-        directions = torch.cat([basis, probes], 1).t().contiguous()
-        seen = torch.empty(len(directions), v, dtype=self.dtype, device=device)
-        logits_into(directions.to(weight.dtype), weight, seen)
-        self.head = seen.t().to(weight.dtype).contiguous()  # (V, r + s)
-        self.basis = directions[: basis.shape[1]].to(weight.dtype)  # (r, D')
-        self.leaking = basis.t() @ probes  # (r, s) what the probes see of the basis
+    @functools.cached_property
+    def directions(self) -> Directions:
+        return Directions.of(self.weight, self.drawn)
 
     def __call__(self, rows: slice, gradient: Tensor) -> Compact | None:
         """Of a chunk's gradient (c, V); None: all of it."""
         v = gradient.shape[1]
         energies = column_energies(gradient, self.dtype)
-        total = self._seen(gradient, self.head)
-        self.probed[1, rows] = total[:, -PROBES:]
         if self.options.bound:
-            found = self._within_bound(gradient, energies, total)
+            found = self._within_bound(gradient, energies)
         elif (k := self._aligned(self.options.share, v)) < v:
+            total = self._seen(gradient, self.directions.head)
             found = self._keep(gradient, energies.topk(k, sorted=False).indices, total)
         else:
             found = None
-        compact, self.probed[0, rows] = (None, 0) if found is None else found
-        self.kept += (rows.stop - rows.start) * (v if compact is None else len(compact.columns))
-        return compact
+        self.kept += (rows.stop - rows.start) * (v if found is None else len(found[0]))
+        if found is None:
+            return None
+        columns, part, self.probed[0, rows] = found
+        weight = torch.cat([self.weight[columns], self.directions.basis])
+        return Compact(columns, part, weight, self.options.exact_head)
+
+    def made(self, rows: slice, grad_hidden: Tensor) -> None:
+        """What has become of the chunk: its dX (c, D')."""
+        self.probed[1, rows] = grad_hidden.to(self.dtype) @ self.drawn[:, -PROBES:]
 
     @staticmethod
     def _aligned(share: float, v: int) -> int:
@@ -156,37 +177,45 @@ class Compaction:
         accumulate(out, gradient, head, first=True)
         return out
 
-    def _keep(self, gradient: Tensor, columns: Tensor, total: Tensor) -> tuple[Compact, Tensor]:
-        """These columns (K,), and what the probes see of the error (c, s)."""
+    def _keep(self, gradient: Tensor, columns: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """These columns (K,) in order, `Compact.gradient` of them, and what the probes see of the error (c, s)."""
         columns = columns.sort().values  # neighbours in memory
-        k, r = len(columns), len(self.basis)
+        directions = self.directions
+        k, r = len(columns), len(directions.basis)
         part = gradient.new_empty(len(gradient), k + r)
         for out, block in _in_cache(part, gradient):
             torch.index_select(block, 1, columns, out=out[:, :k])
-        dropped = total - self._seen(part[:, :k], self.head[columns])
+        dropped = total - self._seen(part[:, :k], directions.head[columns])
         part[:, k:] = dropped[:, :r]
-        weight = torch.cat([self.weight[columns], self.basis])
-        return Compact(columns, part, weight, self.options.exact_head), dropped[:, r:] - dropped[:, :r] @ self.leaking
+        return columns, part, dropped[:, r:] - dropped[:, :r] @ directions.leaking
 
-    def _within_bound(self, gradient: Tensor, energies: Tensor, total: Tensor) -> tuple[Compact, Tensor] | None:
+    def _within_bound(self, gradient: Tensor, energies: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """The fewest columns of `SHARES` that keep the error below the bound; None: no share does.
 
-        The search begins where the energy that is dropped would allow it, which is less than the error.
+        The search begins where the energy that is dropped would allow it, which is less than the error, and tries a
+        share on a few of the rows before all of them.
         """
-        v, order = len(energies), energies.argsort(descending=True)
-        probes = total[:, -PROBES:]
-        ranks = 1
-        if self.vocabulary.group is not None:
-            probes, ranks = probes.clone(), dist.get_world_size(self.vocabulary.group)
-            dist.all_reduce(probes, group=self.vocabulary.group)
-        most = self.options.bound * probes.norm() / ranks  # errors of ranks may add up
+        v, group, bound = len(energies), self.vocabulary.group, self.options.bound
+        order = energies.argsort(descending=True)
         ascending = energies[order.flip(0)].double()
         dropped = (ascending.cumsum(0).flip(0) / ascending.sum()).sqrt()  # [k]: share of all, where k are kept
-        for k in (self._aligned(share, v) for share in SHARES):
-            if k < v and dropped[k] <= self.options.bound:
-                found = self._keep(gradient, order[:k], total)
-                if found[1].norm() <= most:
-                    return found
+        counts = [k for share in SHARES if (k := self._aligned(share, v)) < v and dropped[k] <= bound]
+        if not counts and group is None:
+            return None
+        total = self._seen(gradient, self.directions.head)
+        probes = total[:, -PROBES:]
+        if group is not None:
+            probes = probes.clone()
+            dist.all_reduce(probes, group=group)
+            bound /= dist.get_world_size(group)  # errors of ranks may add up
+        few, every = slice(None, None, -(-len(gradient) // TRIED_ROWS)), slice(None)
+        for k in counts:
+            for tried in (few, every):
+                found = self._keep(gradient[tried], order[:k], total[tried])
+                if found[2].norm() > bound * probes[tried].norm():
+                    break
+            else:
+                return found
         return None
 
     def report(self) -> Tensor:

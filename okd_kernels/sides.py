@@ -92,6 +92,8 @@ class Side(NamedTuple):
             if compact is not None:
                 left, weight = compact.gradient, compact.weight
             accumulate(self.grad_hidden[rows], left, weight, first=True)
+            if self.compaction is not None:
+                self.compaction.made(rows, self.grad_hidden[rows])
         if self.grad_weight is not None:
             x = self.hidden[rows, self.weight_columns]
             if labels is not None:

@@ -104,8 +104,10 @@ def test_a_bound_is_kept_by_the_fewest_columns_that_it_needs(bound, seed):
 
 
 @pytest.mark.parametrize("operands", ["flat", "uniform"])
-def test_a_bound_that_no_share_keeps_takes_all_columns(operands):
-    """At a high temperature, and where all columns carry alike: as without the option, bit by bit."""
+def test_a_bound_that_no_share_keeps_takes_all_columns(operands, monkeypatch):
+    """At a high temperature, and where all columns carry alike: as without the option, bit by bit, and nearly as
+    cheap: the energies say so before anything else is computed."""
+    monkeypatch.setattr(columns.Directions, "of", None)
     problem, options = peaked(0.1), {"temperature": 8.0, "backward_columns": "1%"}
     if operands == "uniform":
         for side in ("student", "teacher"):
@@ -123,7 +125,7 @@ def test_energies_alone_would_break_the_bound(monkeypatch):
     _, _, error = errors(peaked(common=5.0), backward_columns=f"{100 * bound}%")
     assert error["student_hidden"] < 1.35 * bound
     keep = columns.Compaction._keep
-    monkeypatch.setattr(columns.Compaction, "_keep", lambda *args: (keep(*args)[0], torch.zeros(())))
+    monkeypatch.setattr(columns.Compaction, "_keep", lambda *args: (*keep(*args)[:2], torch.zeros(())))
     _, _, trusting = errors(peaked(common=5.0), backward_columns=f"{100 * bound}%")
     assert trusting["student_hidden"] > 1.35 * bound
 
@@ -227,7 +229,7 @@ def test_the_reference_is_exact():
 def sharded(rank, world):
     """Of each option, dX of both sides, this rank's dW and what is said, its part of the heads being a half."""
     found = {}
-    for given in (0.2, "1%"):
+    for given in (0.2, "3%"):
         columns.DIRECTIONS = 2 if given == 0.2 else 0  # so that errors are large, too
         problem = peaked(common=20.0)  # the ranks' parts of dX are large, and cancel
         part = slice(rank * V // world, (rank + 1) * V // world)
@@ -248,7 +250,7 @@ def sharded(rank, world):
 def test_ranks_keep_columns_of_their_own_and_say_the_same(tmp_path):
     ranks = run_ranks(sharded, 2, tmp_path)
     _, exact = peaked(common=20.0).run("torch", **BOTH)
-    for given in (0.2, "1%"):
+    for given in (0.2, "3%"):
         (first, metrics), (second, others) = (rank[given] for rank in ranks)
         assert all(torch.equal(metrics[name], others[name]) for name in metrics)
         for side in ("student", "teacher"):
@@ -256,7 +258,7 @@ def test_ranks_keep_columns_of_their_own_and_say_the_same(tmp_path):
             assert torch.equal(ours, second[f"{side}_hidden"])
             error = relative_error(ours, exact[f"{side}_hidden"].double())
             assert error == pytest.approx(metrics[f"{side}_dx_error"].max().item(), rel=0.35)
-            assert given == 0.2 or error < 0.0135
+            assert 0 < error < (1 if given == 0.2 else 1.35 * 0.03)
             weight = torch.cat([x[f"{side}_weight"] for x in (first, second)])
             assert relative_error(weight, exact[f"{side}_weight"].double()) < 0.05
             share = (weight.abs().sum(1) > 0).double().mean().item()
