@@ -310,7 +310,7 @@ def check_tokenizer_options(options: Any) -> None:
             f"expected responses of the data or the student's with teacher_tokenizer; got method {method.name}, whose "
             "teacher writes, too, in tokens of its own: leave it out, or use gkd"
         )
-    given = {"packing": False, "vocab_size": None, "self_teacher": None}
+    given = {"packing": False, "vocab_size": None, "self_teacher": None, "backward_columns": None}
     for name, default in given.items():
         if (value := getattr(options, name)) != default:
             raise ValueError(f"expected no {name} with teacher_tokenizer; got {value}: leave one of them out")

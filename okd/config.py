@@ -294,6 +294,8 @@ class OKDConfig(
             raise ValueError(
                 f"expected average_decay with self_teacher=average; got {self.average_decay} without: leave it out"
             )
+        if self.exact_head and self.backward_columns is None:
+            raise ValueError("expected backward_columns with exact_head; got none: pass both, or leave both out")
         check_student_options(self)
         check_tokenizer_options(self)
         check_cache_options(self)

@@ -35,6 +35,9 @@ class DivergenceOptions:
     backward_columns: str | None = option(
         None, "share of the heads' columns in backward GEMMs, 0.25, or a bound on their error, 1%"
     )
+    exact_head: bool = option(
+        False, "with backward_columns: gradients of the heads from all columns, which a head that learns needs"
+    )
     temperature: float = option(1.0, "temperature of the divergences, which are multiplied by its square", above=0)
     online_teacher: bool = option(False, "let the teacher learn too; for methods with a divergence from one teacher")
 

@@ -168,6 +168,7 @@ class StudentTeacher(nn.Module):
             "temperature": self.options.temperature,
             "vocab_size": self.options.vocab_size,
             "backward_columns": self.options.backward_columns,
+            "exact_head": self.options.exact_head,
             "compact": False,  # the rows are those with a target already: finding them anew would make the host wait
         }
         student_head = self.student_head() if student_head is None else student_head

@@ -516,6 +516,7 @@ REFUSED = {
     "packing": ({"packing": True}, "expected no packing with teacher_tokenizer"),
     "vocab_size": ({"vocab_size": 300}, "expected no vocab_size with teacher_tokenizer"),
     "self_teacher": ({"method": "forward_kd", "self_teacher": "average"}, "expected no self_teacher"),
+    "backward_columns": ({"backward_columns": "0.25"}, "expected no backward_columns with teacher_tokenizer"),
     "skd": ({"method": "skd"}, "expected responses of the data or the student's with teacher_tokenizer"),
     "top_k": (
         {"method": "forward_kd", "teacher_cache": "x", "teacher_cache_top_k": 4},

@@ -274,6 +274,8 @@ def refused_for_another_reason(method, name):
         return f"expected teacher_cache with {name}; got none"
     if name == "online_every" and method.alternating:
         return f"expected alternating or online_every; got {method.name} with both (online_every=3)"
+    if name == "exact_head":
+        return "expected backward_columns with exact_head; got none"
     if name == "average_decay":
         return "expected average_decay with self_teacher=average; got 0.25 without"
     if name == "online_teacher" and several:

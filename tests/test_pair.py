@@ -65,3 +65,17 @@ def test_reentrant_checkpoints_reach_the_online_module(tmp_path):
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     _, _, backward = one_step(tmp_path, method="okd", online_layers=ADAPTED / LAYERS, **options)
     assert backward[-1] == LAYERS - 1
+
+
+@pytest.mark.parametrize(("options", "moved"), [({}, 1.0), ({"exact_head": True}, 1.0), ({"exact_head": False}, 0.25)])
+def test_rows_of_the_head_that_backward_leaves_out_do_not_learn(tmp_path, options, moved):
+    """But with an exact head."""
+    chosen = {"backward_columns": "0.25", **options} if options else {}
+    student = tiny.llama(vocab=512, tie_word_embeddings=False)
+    before = student.lm_head.weight.detach().clone()
+    args = tiny.config(tmp_path, method="forward_kd", optim="sgd", max_steps=1, warmup_steps=0, **chosen)
+    teacher = tiny.llama(seed=1, vocab=512)
+    run = OKDTrainer(student, teacher, args, train_dataset=tiny.examples(), processing_class=tiny.tokenizer(vocab=512))
+    run.train()
+    share = (student.lm_head.weight != before).any(1).double().mean().item()
+    assert share == pytest.approx(moved, abs=0.02)
