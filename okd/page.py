@@ -16,7 +16,8 @@ from okd.report import METRICS, Metric, Run, change_of, read_run
 
 PAGE, COMPARISON = "report.html", "comparison.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-LONGEST, MOST_TOKENS = 2000, 256  # characters of a text, tokens of an answer: the page stays below 1 MB
+# Characters of a text, tokens of an answer, answers of students: the page stays below 1 MB.
+LONGEST, MOST_TOKENS, MOST_ANSWERS = 2000, 256, 24
 MODELS = ("student", "student_layers", "teacher", "teachers", "train_data", "eval_data")
 GIB = 2**30
 Groups = Mapping[str, Sequence[Run]]
@@ -30,6 +31,7 @@ def write_page(directories: Sequence[str | Path], output: str | Path) -> None:
 def page(runs: Sequence[Run]) -> str:
     """Runs whose options differ in their seeds alone are one configuration: a mean, and its deviation."""
     groups, (first, *_) = grouped(runs), runs
+    asked = answers(groups)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"cut": cut, "percent": lambda x: f"{100 * x:.0f} %", "gib": lambda x: f"{x / GIB:.1f} GiB"}
     return environment.from_string(TEMPLATE.read_text()).render(
@@ -46,6 +48,8 @@ def page(runs: Sequence[Run]) -> str:
         changes=[row for metric in METRICS if (row := change(metric, runs))],
         halves=[cells for metric in METRICS if (cells := half(metric, runs))],
         compared=compared(groups),
+        answers=asked,
+        colored=any(side.get("tokens") for sample in asked for side in sample["sides"].values()),
         spent=spent(first),
         state=state(first),
         most_tokens=MOST_TOKENS,
@@ -154,6 +158,29 @@ def compared(groups: Groups) -> tuple[list[str], dict[str, list[str]]]:
         costs += [f"{statistics.fmean(rates):,.0f}" if rates else "–", str(len(runs))]
         rows[name] = [*(cell[1] if cell else "–" for cell in cells), *costs]
     return [*(metric.name for metric in columns), "training (s)", "tokens/s", "runs"], rows
+
+
+def answers(groups: Groups) -> list[dict[str, Any]]:
+    """Prompts of the first run, and what stands side by side: the answers of its teacher, of its student before and
+    after; of several configurations, of each one's student after, in its first run, where at least two have one."""
+    (first, *_), *others = groups.values()
+    found = []
+    for sample in first.samples:
+        same = {name: _same_prompt(sample, runs[0].samples) for name, runs in groups.items()}
+        if others:
+            students = {name: one["after"] for name, one in same.items() if "after" in one}
+        else:
+            students = {f"Student {when}": sample[when] for when in ("before", "after") if when in sample}
+        teachers = {one["teacher"] for one in same.values() if "teacher" in one}
+        teacher = {"Teacher": {"answer": teachers.pop()}} if len(teachers) == 1 else {}
+        if not others or len(students) > 1:
+            found.append({**sample, "sides": teacher | students})
+    return found[: MOST_ANSWERS // (len(groups) if others else 2)]
+
+
+def _same_prompt(sample: Mapping[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    named = ("id", "prompt")
+    return next((one for one in samples if all(one[name] == sample[name] for name in named)), {})
 
 
 def spent(run: Run) -> list[tuple[str, float, float]]:

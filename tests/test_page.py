@@ -180,6 +180,22 @@ def test_configurations_beside_one_another(tmp_path, plain):
     assert "Losses: student" in said and "Losses: teacher's online module" in said
 
 
+def test_configurations_answer_side_by_side(tmp_path, plain):
+    """The prompts that two students have answered, and a teacher that is the same for all."""
+    runs = [read_run(a_run(tmp_path / method, method=method)) for method in ("okd", "jsd", "sft")]
+    for run, text in zip(runs, ("one", "two", "three"), strict=True):
+        (sample,) = run.samples
+        sample["after"] = {"answer": text, "tokens": [[text, 1.0]] if text == "one" else None}
+    del runs[2].samples[0]["after"]
+    said = re.sub(r"\s+", " ", " ".join(parsed(page(runs)).text))
+    assert "Answers side by side Each token of a student" in said
+    assert f"{SCRIPT} Teacher {SCRIPT} ■ okd one ■ jsd two Reference" in said and "three" not in said
+    runs[1].samples[0]["teacher"] = "another"
+    assert "Teacher" not in page(runs).split("Answers side by side")[1]
+    runs[1].samples[0]["prompt"] = "another"
+    assert "Answers side by side" not in page(runs)
+
+
 @pytest.mark.parametrize(("methods", "names"), [(("okd", "jsd"), ["okd", "jsd"]), (("okd", "okd"), ["a", "b"])])
 def test_configurations_are_named_by_what_tells_them_apart(tmp_path, methods, names):
     from okd.page import grouped
