@@ -199,7 +199,8 @@ class Compaction:
         order = energies.argsort(descending=True)
         ascending = energies[order.flip(0)].double()
         dropped = (ascending.cumsum(0).flip(0) / ascending.sum()).sqrt()  # [k]: share of all, where k are kept
-        counts = [k for share in SHARES if (k := self._aligned(share, v)) < v and dropped[k] <= bound]
+        counts = [k for share in SHARES if (k := self._aligned(share, v)) < v]
+        counts = [k for k, energy in zip(counts, dropped[counts].tolist(), strict=True) if energy <= bound]
         if not counts and group is None:
             return None
         total = self._seen(gradient, self.directions.head)

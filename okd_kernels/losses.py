@@ -74,8 +74,8 @@ def linear_distillation_loss(
             CUDA graph is captured, where they stay. False: they stay everywhere, and nothing synchronises.
         backward_columns: None for all, or which columns of a chunk the backward GEMMs multiply, by their gradients'
             energy: a share of the vocabulary, 0.25, or the least share that keeps the relative error of dX below a
-            bound, "1%" (all, where none does; a GPU is waited for once a chunk). What the others would add to dX is
-            corrected in the directions that the head's rows share; of the head, their rows get no gradient. Losses,
+            bound, "1%" (all, where none does; a GPU is waited for a few times a chunk). What the others would add to dX
+            is corrected in the directions that the head's rows share; of the head, their rows get no gradient. Losses,
             metrics and a bias's gradient stay exact. Where dX is not wanted, all columns are multiplied. Their copies
             take that share of a chunk's logits and of the head in memory.
         exact_head: the gradient of the head from all columns nevertheless.

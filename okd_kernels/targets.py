@@ -1,6 +1,6 @@
 """Who fills the second logits buffer: what the student learns from, as logits of a model that may not exist.
 
-    a `Side` (engine.py)  another model: its head, or logits that are given
+    a `Side` (sides.py)  another model: its head, or logits that are given
     `SparseTarget`        K probabilities a row
     `MixedTarget`         any of them, part of the way from the student
 

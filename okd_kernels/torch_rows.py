@@ -29,10 +29,10 @@ def block_rows(vocab_size: int, device: torch.device) -> int:
     return max(1, ACCELERATOR_BLOCK_ELEMENTS // vocab_size)
 
 
-def workspace_size(tokens: int, vocab_size: int, device: torch.device, workspace_bytes: int | None = None) -> int:
+def workspace_size(tokens: int, vocab_size: int, device: torch.device) -> int:
     """Bytes that a dense loss of so many rows takes for its chunks, beside operands and gradients: two buffers of fp32
     logits and, in PyTorch's rows, those of a block."""
-    chunk = chunk_rows(tokens, 2 * vocab_size * 4, chunk_workspace(workspace_bytes, device), device)
+    chunk = chunk_rows(tokens, 2 * vocab_size * 4, chunk_workspace(None, device), device)
     buffers = 2 * chunk * row_stride(vocab_size) * 4
     if device.type == "cuda":
         return buffers

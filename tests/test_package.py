@@ -90,6 +90,7 @@ def test_what_would_synchronise_the_host_stands_where_only_a_cpu_comes():
         ("call", "check_labels", "item"),  # error messages, where the CPU holds what is read
         ("call", "check_sparse_targets", "item"),
         ("problem", "inverse_normalizer", "item"),  # of a CPU's tensor
+        ("columns", "_within_bound", "tolist"),  # documented: a bound waits
         ("cpu", "empty_like", "frombuffer"),
         ("outcomes", "__post_init__", "int"),  # on a CPU
         ("targets", "_all_closed", "bool"),  # on a CPU
