@@ -73,8 +73,9 @@ from okd.encoding import encode
 from okd.evaluate import divergence_metrics, evaluate
 from okd.examples import read_jsonl
 from okd.layers import keep_layers, parse_layers
-from okd.models import SMOLLM2, check_tokenizers, load_model, load_tokenizer
+from okd.models import SMOLLM2, load_model, load_tokenizer
 from okd.online import distance_from_base
+from okd.vocabularies import check_tokenizers
 
 DEFAULT_METHODS = ("okd", "sft", "forward_kd", "gkd")
 TEACHER_RANK = 16  # of the LoRA that `--tune-teacher` merges

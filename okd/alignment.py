@@ -316,6 +316,17 @@ def check_tokenizer_options(options: Any) -> None:
             raise ValueError(f"expected no {name} with teacher_tokenizer; got {value}: leave one of them out")
 
 
+def reading(
+    options: Any, tokenizer: Any, teacher_tokenizer: Any, student: Any, teacher: Any
+) -> tuple[Alignment | None, set[int]]:
+    """How a run reads its data, by an `OKDConfig`: `alignment_of` its tokenizers, and the ids that end a response.
+
+    Those are the student's, and of all teachers that share its tokenizer.
+    """
+    alignment = alignment_of(options, tokenizer, teacher_tokenizer, student, teacher)
+    return alignment, end_tokens(tokenizer, student, *models_of(teacher)) if alignment is None else alignment.ends
+
+
 def alignment_of(options: Any, tokenizer: Any, teacher_tokenizer: Any, student: Any, teacher: Any) -> Alignment | None:
     """By an `OKDConfig`; None where both models share a tokenizer. teacher_tokenizer: None: where the options say.
 

@@ -144,12 +144,15 @@ class Checkpointing:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The student and what else is kept, whole, by the first process; all call it. A checkpoint of divided weights
-        has them whole only where FSDP's `state_dict_type`, or ZeRO-3's `zero3_save_16bit_model`, says so."""
+        has them whole only where FSDP's `state_dict_type`, or ZeRO-3's `zero3_save_16bit_model`, says so; else of the
+        teacher's adapter its configuration, which says what a resumed run loads the parts into."""
         directory = Path(str(output_dir or self.args.output_dir))
         if not self.is_sharded:
             self._save(str(directory))
         elif not directory.name.startswith(PREFIX_CHECKPOINT_DIR) or self._checkpoints_whole_weights:
             self._save(str(directory), whole_state(self.pair, weights(self.pair), self.args.should_save))
+        elif self.args.should_save and self.pair.teacher is not None and self.pair.teacher.learns:
+            self.pair.teacher.model.active_peft_config.save_pretrained(directory / ADAPTER)
 
     @property
     def _checkpoints_whole_weights(self) -> bool:

@@ -129,9 +129,12 @@ def _dry_run(config: Any, args: Any, words: list[str]) -> str | None:
 
 def _after_training(config: Any, args: Any) -> str | None:
     """What can be done with the student; of several processes the first one says it."""
-    student, teachers = str(Path(args.output_dir) / "student"), [config.teacher, *(config.teachers or [])]
+    from okd.checkpoints import STUDENT
+    from okd.loading import teacher_sources
+
+    student = str(Path(args.output_dir) / STUDENT)
     evaluate = ["okd", "evaluate", "--student", student]
-    if teacher := next((one.rpartition("=")[2] for one in teachers if one is not None), None):
+    if teacher := next(iter(teacher_sources(config, args).values()), None):
         evaluate += ["--teacher", teacher]
     if teacher and args.teacher_tokenizer is not None:
         evaluate += ["--teacher-tokenizer", args.teacher_tokenizer]
@@ -259,8 +262,9 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 def _plan(options: argparse.Namespace, rest: list[str]) -> str | None:
     import torch
 
+    from okd.budget import available_memory
     from okd.cluster import CARDS, EFFICIENCY, LINK_EFFICIENCY
-    from okd.plan import available_memory, measured_tflops, plan
+    from okd.plan import measured_tflops, plan
 
     for name in ("gpus", "memory", "tflops", "bandwidth"):
         if getattr(options, name) is not None and not getattr(options, name) > 0:
@@ -356,12 +360,12 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(options: argparse.Namespace, _: list[str]) -> str:
     from okd.alignment import AUTO, Alignment
-    from okd.checks import shared_vocab_size
     from okd.encoding import Encoded, Encoder
     from okd.evaluate import evaluate
     from okd.exposure import answerable_prompts, exposure_bias
-    from okd.models import check_tokenizers, load_tokenizer, stop_tokens
+    from okd.models import load_tokenizer, stop_tokens
     from okd.sources import DataOptions, open_data
+    from okd.vocabularies import check_tokenizers, shared_vocab_size
 
     if options.exposure_bias is not None and options.teacher is None:
         raise ValueError("expected a teacher to measure exposure bias against; got none: pass --teacher")

@@ -21,7 +21,6 @@ from okd.kept import KeptOptions
 from okd.leash import Leash, LeashOptions
 from okd.methods import METHODS, OKD_TEACHER, DivergenceOptions, Method, readers_of
 from okd.mixup import MixupOptions
-from okd.models import find_device
 from okd.objectives import TaidOptions, TokenizerOptions
 from okd.on_policy import ContrastiveOptions, PolicyGradientOptions
 from okd.online import LoraOptions, OnlineOptions, PromptOptions, SalienceOptions
@@ -141,8 +140,6 @@ class OKDConfig(
         if self.ddp_find_unused_parameters is None:  # what does not learn at a step gets a gradient of zero instead
             self.ddp_find_unused_parameters = False
         check(self)
-        if self.teacher_device is not None:
-            find_device(self.teacher_device)
         _ = self.template_kwargs, BackwardColumns.of(self.backward_columns)  # raise where they are none
         if not isinstance(self.method, Method) and self.method not in METHODS:
             raise ValueError(f"expected method to be one of {', '.join(METHODS)}, or a Method; got {self.method!r}")

@@ -150,11 +150,6 @@ def svg(lines: Sequence[Line], name: str, title: str) -> Markup:
     return Markup(_for_a_page(file.getvalue(), name, title))
 
 
-def _number(x: float, _: int) -> str:
-    """As short as an axis wants it."""
-    return f"{x:.1e}".replace("e-0", "e-") if 0 < abs(x) < 1e-3 else f"{x:.4g}"
-
-
 def _color(number: int) -> str:
     return f"#0000{number:02x}"  # stands for var(--cNN) until matplotlib has written it
 

@@ -203,7 +203,6 @@ class Collator:
     """
 
     pad_token_id: int
-    pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pad_token_id, int):
@@ -288,9 +287,7 @@ class Collator:
         }
 
     def _padded(self, sequences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        multiple = self.pad_to_multiple_of or 1
-        length = -(-max(map(len, sequences)) // multiple) * multiple
-        ids = torch.full((len(sequences), length), self.pad_token_id)
+        ids = torch.full((len(sequences), max(map(len, sequences))), self.pad_token_id)
         mask = torch.zeros_like(ids)
         for i, sequence in enumerate(sequences):
             ids[i, : len(sequence)] = torch.tensor(sequence)

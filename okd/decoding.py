@@ -127,8 +127,9 @@ def recurrent_layers(model: Any) -> list[str]:
 
 
 @torch.no_grad()
-def check_writing(model: Any, name: str) -> None:
-    """Raise ValueError for a model in evaluation mode whose cached states hang on the padding of its batch."""
+def check_writing(model: Any, name: str, option: str) -> None:
+    """Raise ValueError for a model in evaluation mode whose cached states hang on the padding of its batch, which is of
+    the size that `option` says."""
     rows, device = [[2, 3, 4, 5], [3, 4, 5, 2, 3, 4]], device_of(model)
 
     def state(rows: Sequence[Sequence[int]]) -> Tensor:  # (D,) of the first row, after a token with its cache
@@ -143,8 +144,8 @@ def check_writing(model: Any, name: str) -> None:
     if not error <= rounding(model):
         raise ValueError(
             f"expected a {name} that writes the same whatever stands beside it in a batch; {type(model).__name__} takes"
-            f" padding for text (its states differ by {100 * error:.2g} %): pass per_device_train_batch_size=1, or "
-            "choose a method that does not sample from it"
+            f" padding for text (its states differ by {100 * error:.2g} %): pass {option}=1, or choose a "
+            "method that does not sample from it"
         )
 
 

@@ -57,7 +57,7 @@ def story(run: Run) -> str:
         said.append(f"It answers with {student:.0f} tokens a second, the teacher with {teacher:.0f}")
     if shifts := run.points("teacher_shift"):
         said.append(
-            "Meanwhile the teacher learned, too: its LoRA, in the same steps, from the references and from what the\n"
+            "Meanwhile the teacher learned, too: its online module, from the references and from what the\n"
             f"student finds likely. It has moved by {shifts[-1][1]:.3f} nats a token from the one that judges above"
         )
     return "\n".join(f"{sentence}." for sentence in said)

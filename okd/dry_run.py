@@ -12,17 +12,23 @@ from typing import Any
 
 import yaml
 
+from okd.budget import Plan, available_memory
 from okd.chat import IGNORE
-from okd.checks import check_data, check_ids, with_vocab_size
+from okd.checkpoints import ADAPTER, STUDENT
+from okd.checks import check_data
 from okd.config import OKDConfig
 from okd.data import Row, lengths_of
+from okd.directory import check_output_dir, check_same_run, chosen_options, exact_config
 from okd.encoding import Encoded, Encoder, in_lines
 from okd.loading import load_tokenizers, teacher_sources, whole_teachers
 from okd.models import describe_parameters, stop_tokens
-from okd.plan import Plan, available_memory, measured_tflops, plan
-from okd.run import RunConfig, check_output_dir, check_same_run, chosen_options, encoded, exact_config
+from okd.page import PAGE
+from okd.plan import measured_tflops, plan
+from okd.report import BEFORE, CONFIG, FIGURES, LOG, REPORT
+from okd.run import RunConfig, encoded
 from okd.sources import open_all
 from okd.trackers import check_trackers
+from okd.vocabularies import check_ids, with_vocab_size
 
 LOOKED_AT = 100  # records of a stream
 SHOWN = 600  # characters of a part of the example
@@ -31,7 +37,7 @@ GREEN, PLAIN = "\033[32m", "\033[0m"
 
 def dry_run(config: RunConfig, args: OKDConfig, colour: bool = False) -> str:
     """As text, its example's response tokens in colour or in ⟦brackets⟧. Raises as the run would for its inputs."""
-    sources, opened = teacher_sources(config, args), open_all(config)
+    given, sources, opened = args, teacher_sources(config, args), open_all(config)
     check_trackers(args.report_to)
     found = plan(config, args)
     places = whole_teachers(sources)
@@ -50,7 +56,7 @@ def dry_run(config: RunConfig, args: OKDConfig, colour: bool = False) -> str:
     if student is not None:
         check_ids(student, args, rows, texts, data["held-out"].rows)
     written = yaml.safe_dump(exact_config(config, args), sort_keys=False)
-    options = yaml.safe_dump(chosen_options(written), sort_keys=False, allow_unicode=True)
+    options = yaml.safe_dump(chosen_options(written, config, given), sort_keys=False, allow_unicode=True)
     parts = {
         f"Options (method {args.resolved.name}: {args.resolved.summary})": options,
         "Data": counts,
@@ -121,8 +127,7 @@ def _steps(args: OKDConfig, rows: Any) -> str:
 
 def _files(config: RunConfig, args: OKDConfig, written_config: str) -> str:
     directory = Path(str(args.output_dir))
-    written = ["student/", *(["teacher_adapter/"] if args.online else []), "report.html", "metrics.json"]
-    written += ["log.jsonl", "config.yaml"]
+    written = [f"{STUDENT}/", *([f"{ADAPTER}/"] if args.online else []), PAGE, FIGURES, LOG, CONFIG, BEFORE, REPORT]
     if (strategy := getattr(args.save_strategy, "value", args.save_strategy)) != "no":
         at = f"every {args.save_steps:g} steps" if strategy == "steps" else f"by save_strategy={strategy}"
         kept = "" if args.save_total_limit is None else f", {args.save_total_limit} kept"
@@ -135,11 +140,9 @@ def _files(config: RunConfig, args: OKDConfig, written_config: str) -> str:
     try:
         checkpoint = check_output_dir(config, directory)
         if config.resume:
-            check_same_run(directory / "config.yaml", written_config)
+            check_same_run(directory / CONFIG, written_config)
         lines += [f"it goes on from {checkpoint}"] if checkpoint else []
-        lines += (
-            ["the run that is there is removed"] if config.overwrite and (directory / "config.yaml").is_file() else []
-        )
+        lines += ["the run that is there is removed"] if config.overwrite and (directory / CONFIG).is_file() else []
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         lines.append(f"okd train would stop here: {error}")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ Shapes: N response tokens; D_i the hidden size of teacher i.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -188,12 +189,16 @@ def models_of(teacher: Any) -> list[Any]:
 
 
 def named_sources(sources: Sequence[str]) -> dict[str, str]:
-    """Names and places of teachers given as `name=source`, or `source` alone: those are called 1, 2, ..."""
+    """Names and places of teachers given as `name=source`, or `source` alone: those are called 1, 2, ...
+
+    A name is letters, digits, `_`, `.` and `-`: a path may have a `=` of its own.
+    """
     found: dict[str, str] = {}
     for i, text in enumerate(sources, start=1):
         name, equals, source = text.partition("=")
-        name, source = (name, source) if equals else (str(i), text)
-        if not name or not source or name in found:
+        if not (equals and re.fullmatch(r"[\w.-]+", name)):
+            name, source = str(i), text
+        if not source or name in found:
             raise ValueError(f"expected teachers as name=source, each name once; got {text!r}: correct it")
         found[name] = source
     return found

@@ -127,15 +127,15 @@ def divergence_metrics(
     rows = [row for row in rows if any(label != IGNORE for label in row["labels"][1:])]  # none predicts a first token
     if not rows:
         raise ValueError("expected a row with a response token, got none; pass rows whose labels are not all -100")
-    options: dict[str, Any] = {"batch_size": batch_size, "vocab_size": vocab_size, "progress": progress}
+    options: dict[str, Any] = {"pad_token_id": pad_token_id, "batch_size": batch_size, "progress": progress}
     if teacher is not None and "aligned" in rows[0]:
         if outcomes is None:
             raise ValueError(
                 "expected outcomes to compare models of two tokenizers by; got None: pass those of the Alignment that "
                 "made the rows"
             )
-        return _aligned_metrics(student, teacher, rows, outcomes, pad_token_id=pad_token_id, **options)
-    tokens = torch.cat(token_statistics(student, teacher, rows, pad_token_id=pad_token_id, **options), dim=1)
+        return _aligned_metrics(student, teacher, rows, outcomes, **options)
+    tokens = torch.cat(token_statistics(student, teacher, rows, vocab_size=vocab_size, **options), dim=1)
     metrics = _means(tokens)
     if teacher is None:
         return {"perplexity": metrics["perplexity"], "tokens": tokens.shape[1]}
@@ -207,7 +207,7 @@ def token_statistics(
     """
     result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     options: dict[str, Any] = {"pad_token_id": pad_token_id, "batch_size": batch_size, "progress": progress}
-    for indices, batch, given in _compared(student, teacher, rows, vocab_size=vocab_size, **options):
+    for indices, batch, given in _compared(student, teacher, rows, **options):
         sizes = [len(head.weight) for head in given[1::2]]
         # compact: all rows are counted
         loss = linear_distillation_loss(*given, batch["targets"], vocab_size=vocab_size or min(sizes), compact=False)
@@ -225,7 +225,6 @@ def _compared(
     *,
     pad_token_id: int,
     batch_size: int,
-    vocab_size: int | None,
     progress: bool,
 ) -> Iterator[tuple[Sequence[int], Batch, tuple[Any, LinearHead, Any, LinearHead]]]:
     """Indices of the rows of a batch, the batch, and hidden states and head of both models."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,23 +75,11 @@ def _with_answer(example: Any) -> Any:
     return example
 
 
-def split_by_hash(examples: Iterable[dict[str, Any]], held_out: float = 0.1) -> tuple[list[dict], list[dict]]:
-    """(train, held_out): an example is held out if the sha256 of its prompt, as a fraction of its range, is below
-    `held_out`.
-
-    The prompt is what comes before the first response; of plain text and of rows, all of it. So one prompt never lies
-    on both sides, and an example stays on its side whatever else is added, and stays held out when the fraction grows.
-    """
-    if not 0 <= held_out <= 1:
-        raise ValueError(f"expected held_out to be a fraction in [0, 1], got {held_out}; pass 0.1 for a tenth")
-    sides: tuple[list[dict], list[dict]] = ([], [])
-    for example in examples:
-        sides[place_of(example) < held_out].append(example)
-    return sides
-
-
 def place_of(example: Any) -> float:
-    """In [0, 1), by the sha256 of the example's prompt alone."""
+    """In [0, 1), by the sha256 of the example's prompt alone: what comes before the first response; of plain text and
+    of rows, all of it. Held out are the places below a share, so that one prompt never lies on both sides, and an
+    example stays on its side whatever else is added.
+    """
     return int.from_bytes(hashlib.sha256(_prompt(example).encode(errors="surrogatepass")).digest(), "big") / 2**256
 
 

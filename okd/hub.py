@@ -15,6 +15,7 @@ import okd_kernels
 from okd.card import model_card
 from okd.checkpoints import STUDENT
 from okd.models import BASE
+from okd.report import CONFIG, FIGURES
 
 logger = logging.get_logger(__name__)
 
@@ -108,7 +109,7 @@ class Hub:
         if not self.is_world_process_zero():
             return
         run = Path(str(self.args.output_dir))
-        options, figures = run / "config.yaml", run / "metrics.json"
+        options, figures = run / CONFIG, run / FIGURES
         models = {"student": self.pair.student, "teacher": getattr(self.pair.teacher, "model", None)}
         named = {name: getattr(model, "name_or_path", "") for name, model in models.items()}
         written = model_card(

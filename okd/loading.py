@@ -18,21 +18,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from okd.alignment import AUTO
 from okd.cache import TeacherCache, read_manifest
-from okd.checks import check_number_of_teachers
 from okd.ensemble import load_ensemble, named_sources
 from okd.layers import keep_layers, parse_layers
-from okd.models import (
-    adapter_base,
-    check_tokenizers,
-    is_adapter,
-    load_model,
-    load_tokenizer,
-    located,
-    stop_tokens,
-)
+from okd.models import adapter_base, find_device, is_adapter, load_model, load_tokenizer, located, stop_tokens
 from okd.options import option
+from okd.preparing import check_number_of_teachers
 from okd.shapes import read_config, skeleton
 from okd.sharding import loaded_whole
+from okd.vocabularies import check_tokenizers
 from okd_kernels import has_fast_gemm
 
 QUANTIZATIONS = ("4bit", "8bit")
@@ -84,18 +77,21 @@ class ModelOptions:
     teacher_kwargs: str | None = option(None, "the same for the teachers")
 
 
-def teacher_sources(config: ModelOptions, args: Any) -> dict[str, str]:
-    """Where the teachers come from, by name. Raises ValueError for models that do not fit one another or the method."""
+def teacher_sources(config: ModelOptions, args: Any, is_planned: bool = False) -> dict[str, str]:
+    """Where the teachers come from, by name. Raises ValueError for models that do not fit one another or the method,
+    and for a `teacher_device` that this machine has not, unless the run is only planned."""
+    if args.teacher_device is not None and not is_planned:
+        find_device(args.teacher_device)
     if config.teacher is not None and config.teachers:
         raise ValueError("expected --teacher, or several as --teachers; got both: put the first into --teachers")
-    given = [config.teacher] if config.teacher is not None else config.teachers or []
-    sources, method = named_sources(given), args.resolved
+    sources = named_sources(config.teachers or []) if config.teacher is None else {"1": config.teacher}
+    method = args.resolved
     if not sources and (config.student is None or (method.needs_teacher and args.self_teacher is None)):
         raise ValueError(f"expected a teacher for method {method.name}; got none: pass --teacher, or --self-teacher")
     if method.needs_teacher and sources:
         check_number_of_teachers(method, len(sources))
     for role in ("student", "teacher"):
-        _given_options(config, role)
+        given_options(config, role)
     _check_student(config, args)
     _check_teacher_adapter(config, args, list(sources.values()))
     return sources
@@ -106,7 +102,7 @@ def files_of(config: ModelOptions, args: Any, sources: Mapping[str, str]) -> str
     without a teacher's cache, or where they are not found on this machine."""
     if args.teacher_cache is None or not sources:
         return None
-    given, source = _given_options(config, "teacher"), next(iter(sources.values()))
+    given, source = given_options(config, "teacher"), next(iter(sources.values()))
     digest = hashlib.blake2b(digest_size=16)
     how = config.teacher_dtype or config.dtype, config.teacher_quantization, config.quantization_library, given
     digest.update(repr((how, _adapter_mode(config))).encode())
@@ -150,10 +146,15 @@ def load_teacher(config: ModelOptions, args: Any, sources: Mapping[str, str]) ->
     return load_model(next(iter(sources.values())), adapter=_adapter_mode(config), **options)
 
 
+def config_of(config: ModelOptions, role: str, source: str) -> Any:
+    """The configuration of a model, of the revision and folder that its role's kwargs name. Raises as `read_config`."""
+    given = given_options(config, role)
+    return read_config(source, **{name: given[name] for name in ("revision", "subfolder") if name in given})
+
+
 def _shape_of(config: ModelOptions, source: str) -> Any:
     """The teacher without weights: what is known of it by its configuration."""
-    given = _given_options(config, "teacher")
-    known = read_config(source, **{name: given[name] for name in ("revision", "subfolder") if name in given})
+    known = config_of(config, "teacher", source)
     with loaded_whole():
         model = skeleton(known, torch.float32)
     model.generation_config.eos_token_id = sorted(stop_tokens(source)) or model.generation_config.eos_token_id
@@ -265,10 +266,10 @@ def _load_options(config: ModelOptions, role: str, device: torch.device) -> dict
         options["quantization_config"] = quantization_config(bits, config.quantization_library, device)
         if dtype == "auto" and not has_fast_gemm(torch.bfloat16, device):
             options["dtype"] = "float32"  # quantised weights are not cast afterwards
-    return options | _given_options(config, role)
+    return options | given_options(config, role)
 
 
-def _given_options(config: ModelOptions, role: str) -> dict[str, Any]:
+def given_options(config: ModelOptions, role: str) -> dict[str, Any]:
     """Raises ValueError for what is no JSON object, runs code of strangers, or reads pickles."""
     name = f"{role}_kwargs"
     text: Any = getattr(config, name) or "{}"

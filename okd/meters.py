@@ -22,6 +22,7 @@ from okd.data import Batch
 from okd.durable import writing
 from okd.models import evaluating
 from okd.online import distance_from_base
+from okd.report import LOG
 from okd.sharding import ranks
 
 logger = logging.get_logger(__name__)
@@ -100,7 +101,7 @@ class LogFile:
     """`log.jsonl`: every entry on a line of its own, from the first step."""
 
     def __init__(self, directory: Path):
-        self.path = directory / "log.jsonl"
+        self.path = directory / LOG
 
     def start(self, step: int) -> None:
         """Go on after `step`: what an interrupted run wrote beyond its checkpoint is dropped."""

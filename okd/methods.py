@@ -33,11 +33,9 @@ class DivergenceOptions:
     divergence_alpha: float | None = option(None, "alpha of the student's divergence (skew, alpha_beta)")
     divergence_beta: float | None = option(None, "beta of the student's divergence (jsd, alpha_beta)")
     backward_columns: str | None = option(
-        None, "share of the heads' columns in backward GEMMs, 0.25, or a bound on their error, 1%"
+        None, "share of the heads' columns in backward GEMMs, 0.25, or a bound on the error, 1%"
     )
-    exact_head: bool = option(
-        False, "with backward_columns: gradients of the heads from all columns, which a head that learns needs"
-    )
+    exact_head: bool = option(False, "with backward_columns: the heads' own gradients from all of them, nevertheless")
     temperature: float = option(1.0, "temperature of the divergences, which are multiplied by its square", above=0)
     online_teacher: bool = option(False, "let the teacher learn too; for methods with a divergence from one teacher")
 

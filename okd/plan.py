@@ -1,15 +1,13 @@
-"""What a run needs, from shapes alone: memory by part and the work of a step, before any weight is loaded.
+"""What a run needs, counted from shapes alone, before any weight is loaded: an `okd.budget.Plan`.
 
-Memory has two peaks, of which the higher counts: at the end of the forward pass, whose activations wait, and at the
-optimizer's step, when all gradients are there. Between them activations go as gradients come. Where devices divide the
-models, each gathers what it needs for a moment, and a step's time is that of products and of transfers (`okd.cluster`).
+Where devices divide the models, each gathers what it needs for a moment, and a step's time is that of products and of
+transfers (`okd.cluster`).
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import psutil
@@ -19,18 +17,18 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from okd import mixup, sampling
+from okd.budget import Part, Plan
 from okd.cluster import SHARDINGS, SLACK, Cluster, sharding_of
 from okd.layers import keep_layers, parse_layers
-from okd.loading import _given_options, teacher_sources
-from okd.models import find_device, is_adapter
+from okd.loading import config_of, given_options, teacher_sources, whole_teachers
+from okd.models import is_adapter
 from okd.online import online_config
-from okd.shapes import Trace, read_config, skeleton, time_layer, trace
+from okd.shapes import Trace, skeleton, time_layer, trace
 from okd.sharding import loaded_whole
 from okd.student import lora_config
 from okd_kernels import has_fast_gemm, workspace_size
 
 logger = logging.get_logger(__name__)
-GIB = 2**30
 CONTEXT = 600 << 20  # what CUDA and cuBLAS take of a GPU
 BITS = {"4bit": 4.127, "8bit": 8.0}  # a weight: nf4 with its doubly quantised scales; int8
 STATES = (  # bytes of the optimizer's states for each trainable weight, None: two of its dtype, by the name's beginning
@@ -39,146 +37,8 @@ STATES = (  # bytes of the optimizer's states for each trainable weight, None: t
     ("lion_8bit", 1.0), ("paged_lion_8bit", 1.0), ("lion", 4.0), ("paged_lion", 4.0),
     ("sgd", 0.0), ("adafactor", 0.0), ("adagrad", 4.0), ("rmsprop_bnb_8bit", 1.0), ("rmsprop", 4.0),
 )  # fmt: skip
-
-
-class Part(NamedTuple):
-    """Bytes of one thing on one device."""
-
-    name: str
-    forward: float  # at the end of the forward pass
-    update: float  # at the optimizer's step
-    is_certain: bool = True  # whatever the rows are; else for rows of full length, or an estimate
-
-
-@dataclass
-class Plan:
-    """Memory, work and transfers of each process of a run, which has its own device.
-
-    Attributes:
-        parts, elsewhere: on the device, and on another one (`teacher_device`).
-        flops: of one optimizer step; attention_flops: those of them that grow with the square of the length.
-        traffic: bytes that a device receives in one optimizer step, and sends as many.
-        parameters: how many, by model, and how many of them train.
-        tokens: of one optimizer step, in rows of full length, all of which are taken to be response tokens.
-        models: skeletons, with what trains in them: the student's, then the teachers'; None: cannot be built.
-        layer: configuration of one of the student's layers; rows: (B, T); autocast: dtype of the products, or None.
-    """
-
-    device: torch.device
-    devices: int
-    autocast: torch.dtype | None
-    rows: tuple[int, int]
-    sharding: str = "ddp"  # of `okd.cluster.SHARDINGS`
-    models: list[Any] = field(default_factory=list)
-    layer: Any = None
-    tokens: int = 0
-    parts: list[Part] = field(default_factory=list)
-    elsewhere: list[Part] = field(default_factory=list)
-    flops: dict[str, float] = field(default_factory=dict)
-    attention_flops: float = 0.0
-    traffic: dict[str, float] = field(default_factory=dict)
-    parameters: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def peak(self) -> float:
-        """Bytes at the higher of the two peaks."""
-        return max(sum(part.forward for part in self.parts), sum(part.update for part in self.parts))
-
-    @property
-    def certain(self) -> float:
-        """The same of the parts that do not hang on the rows."""
-        parts = [part for part in self.parts if part.is_certain]
-        return max(sum(part.forward for part in parts), sum(part.update for part in parts))
-
-    def table(self, memory: float | None = None, tflops: float | None = None, bandwidth: float | None = None) -> str:
-        """As text. memory: bytes of a device; tflops: 1e12 FLOPs a second that it does; bandwidth: GB/s it receives."""
-        count = {name: f"{n:,}" for name, n in self.parameters.items()}
-        lines = [f"{name:<30}{n:>14} parameters" for name, n in count.items()]
-        lines += ["", f"{f'GiB on each device ({self.device.type})':<34}{'forward':>10}{'update':>10}"]
-        lines += [_row(part.name, part) for part in self.parts]
-        total = Part("sum", sum(part.forward for part in self.parts), sum(part.update for part in self.parts))
-        of = "" if memory is None else f"   of {memory / GIB:.2f}: {'fits' if self.peak <= memory else 'does not fit'}"
-        lines.append(_row(total.name, total) + of)
-        lines += [_row(part.name, part) + "   (not in the sum)" for part in self.elsewhere]
-        if self.flops:
-            lines += ["", f"{'TFLOP of a step on each device':<34}"]
-            lines += [f"{name:<34}{x / 1e12:>10.3g}" for name, x in self.flops.items()]
-            lines.append(f"{'sum':<34}{self.work / 1e12:>10.3g}   {self._speed(tflops)}")
-            lines.append(f"{'of it attention (T^2)':<34}{self.attention_flops / 1e12:>10.3g}")
-        if self.traffic:
-            lines += ["", "GB to each device in a step"]
-            lines += [f"{name:<34}{x / 1e9:>10.3g}" for name, x in self.traffic.items()]
-            lines.append(f"{'sum':<34}{sum(self.traffic.values()) / 1e9:>10.3g}")
-            if bandwidth is None:
-                lines[-1] += "   pass --gpu or --bandwidth for its time"
-            else:
-                lines[-1] += f"   at {bandwidth:.3g} GB/s: {self.transfer_seconds(bandwidth):.3g} s a step"
-            if tflops is not None and bandwidth is not None:
-                lines += ["", f"{'a step of all devices':<34}{'s':>10}{'tokens/s':>10}"]
-                for way, seconds in self.bounds(tflops, bandwidth).items():
-                    lines.append(f"{way:<34}{seconds:>10.3g}{self.devices * self.tokens / seconds:>10,.0f}")
-        return "\n".join([*lines, *(f"* {note}" for note in self.notes)])
-
-    @property
-    def work(self) -> float:
-        """FLOPs of an optimizer step."""
-        return sum(self.flops.values())
-
-    def seconds(self, tflops: float) -> float:
-        """Of an optimizer step whose products run at 1e12 `tflops` FLOPs a second, and nothing else takes time."""
-        return self.work / (tflops * 1e12)
-
-    def transfer_seconds(self, bandwidth: float) -> float:
-        """Of an optimizer step's transfers at so many GB/s."""
-        return sum(self.traffic.values()) / (bandwidth * 1e9)
-
-    def bounds(self, tflops: float, bandwidth: float) -> dict[str, float]:
-        """Least and most seconds of an optimizer step, by how much of the transfers runs beside products."""
-        seconds = self.seconds(tflops), self.transfer_seconds(bandwidth)
-        return {"transfers beside products": max(seconds), "one after the other": sum(seconds)}
-
-    def _speed(self, tflops: float | None) -> str:
-        if tflops is None:
-            return "pass --tflops for its time"
-        seconds = self.seconds(tflops)
-        return f"at {tflops:.3g} TFLOP/s: {seconds:.3g} s a step, {self.devices * self.tokens / seconds:,.0f} tokens/s"
-
-    def advice(self, available: float) -> str:
-        """What may make it fit in so many bytes."""
-        if self.certain <= available:
-            return "lower --per-device-train-batch-size or --max-length, or pass --gradient-checkpointing"
-        lora, smaller = "train a LoRA (--student-lora-rank)", "or choose smaller models"
-        if SHARDINGS[self.sharding].weights:
-            return f"divide the models among more devices, {lora}, {smaller}"
-        divide = "divide the models (FSDP2 or ZeRO-3, by accelerate launch), " if self.devices > 1 else ""
-        move = "quantise or move the teacher (--teacher-quantization, --teacher-device)"
-        return f"{divide}{lora}, {move}, {smaller}"
-
-
-def _row(name: str, part: Part) -> str:
-    return f"{name:<34}{part.forward / GIB:>10.2f}{part.update / GIB:>10.2f}"
-
-
-def available_memory(device: torch.device) -> float:
-    """Bytes of a GPU, or of the machine's memory."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
-
-
-def check_fits(plan: Plan, available: float) -> None:
-    """Raise ValueError where even what is certain exceeds so many bytes; warn where the estimate does."""
-    if plan.certain > available:
-        raise ValueError(
-            f"expected at least {plan.certain / GIB:.1f} GiB on each device, without activations; got "
-            f"{available / GIB:.1f}: {plan.advice(available)}\n{plan.table(available)}"
-        )
-    if plan.peak > available:
-        logger.warning(
-            f"expected about {plan.peak / GIB:.1f} GiB on each device; got {available / GIB:.1f}: where rows are as "
-            f"long as max_length this will not fit: {plan.advice(available)}"
-        )
+SPREAD = {"auto", "balanced", "balanced_low_0", "sequential", "disk"}  # what a device_map says in place of a device
+BY_MAP = "device_map"
 
 
 def measured_tflops(plan: Plan) -> float | None:
@@ -215,6 +75,31 @@ def plan(
         return _Planner(config, args, device, devices, sharding or sharding_of(args)).plan()
 
 
+def teacher_place(config: Any, args: Any, device: torch.device) -> str | None:
+    """Where the teachers are, if not on this device: another one's name, or `device_map`, by which they are spread.
+
+    By names alone, since a plan may be for another machine. Raises ValueError for what is no name of a device.
+    """
+    chosen = given_options(config, "teacher").get("device_map")
+    chosen = args.teacher_device if chosen in (None, {}) else chosen
+    places = set(chosen.values()) if isinstance(chosen, Mapping) else {chosen}
+    if len(places) > 1 or places & SPREAD:
+        return BY_MAP
+    (place,) = places
+    if place is None:
+        return None
+    name = f"cuda:{place}" if isinstance(place, int) else str(place)
+    try:
+        other = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"expected the teacher on a device such as cpu or cuda:1; got {place!r} ({str(error).splitlines()[0]}): "
+            "correct teacher_device, or device_map in teacher_kwargs"
+        ) from error
+    is_here = other.type == device.type and other.index in (None, device.index or 0)
+    return None if is_here else name
+
+
 class _Model(NamedTuple):
     """One side: its skeleton (None: unknown architecture), what its weights take, and what trains in it."""
 
@@ -245,10 +130,16 @@ class _Planner:
         self.notes = self.result.notes
 
     def plan(self) -> Plan:
-        args, result, given = self.args, self.result, list(teacher_sources(self.config, self.args).values())
-        sources = [source for i, source in enumerate(given) if i == 0 or not is_adapter(source)]
+        args, result, given = self.args, self.result, teacher_sources(self.config, self.args, is_planned=True)
+        sources = whole_teachers(given)
         if len(sources) < len(given):
             self.notes.append("adapters of further teachers are not counted")
+        place = teacher_place(self.config, args, self.device)
+        if sources and place == BY_MAP:
+            self.notes.append(
+                "the teacher is where its device_map puts it: what of it is on this device, or comes to it to be "
+                "computed, is not in the sum"
+            )
         teachers = [self._teacher(source) for source in sources]
         student = self._student(self.config.student or sources[0])
         result.tokens = self.n * self.steps
@@ -258,14 +149,14 @@ class _Planner:
         result.parameters |= {f"teacher{_number(i, teachers)}": t.n - t.trainable for i, t in enumerate(teachers)}
         self._count_student(student)
         for i, teacher in enumerate(teachers):
-            self._count_teacher(teacher, _number(i, teachers))
+            self._count_teacher(teacher, _number(i, teachers), place)
         if args.self_teacher == "average":
             self._add("averaged self-teacher", student.trainable_bytes * student.share)
         if args.self_teacher is not None and student.trace is not None:
             result.flops["self-teacher forward"] = self.steps * student.trace.forward
         self._count_loss(student, teachers)
         self._count_sharing(student, teachers)
-        self._count_the_rest(student, teachers)
+        self._count_the_rest(teachers)
         return result
 
     # --- the models
@@ -341,8 +232,7 @@ class _Planner:
 
     def _built(self, role: str, source: str) -> tuple[Any, Any, torch.dtype]:
         """(skeleton or None, configuration of its text, dtype of the weights)."""
-        given = _given_options(self.config, role)
-        config = read_config(source, **{name: given[name] for name in ("revision", "subfolder") if name in given})
+        given, config = given_options(self.config, role), config_of(self.config, role, source)
         dtype = self._dtype(role, config, given)
         attention = given.get("attn_implementation", self.config.attn_implementation)
         if getattr(config, "quantization_config", None) is not None:
@@ -430,9 +320,21 @@ class _Planner:
         wide = 4 * model.trainable / self.devices if self.sharding.deepspeed else 0  # which the optimizer takes
         return kept if waits else 0, kept + wide
 
-    def _add(self, name: str, forward: float, update: float | None = None, is_certain: bool = True) -> None:
-        if forward or update:
-            self.result.parts.append(Part(name, forward, forward if update is None else update, is_certain))
+    def _add(
+        self,
+        name: str,
+        forward: float,
+        update: float | None = None,
+        is_certain: bool = True,
+        place: str | None = None,  # where it is, if not on this device
+    ) -> None:
+        if not (forward or update):
+            return
+        part = Part(name, forward, forward if update is None else update, is_certain)
+        if place is None:
+            self.result.parts.append(part)
+        else:
+            self.result.elsewhere.append(part._replace(name=f"{name} ({place})"))
 
     def _count_student(self, student: _Model) -> None:
         frozen = hasattr(student.skeleton, "peft_config")
@@ -443,24 +345,22 @@ class _Planner:
         self._add("student optimizer states", self._states(student))
         self._count_pass("student", student.trace, True)
 
-    def _count_teacher(self, teacher: _Model, number: str) -> None:
-        place = self.args.teacher_device
-        weights, module = teacher.bytes * teacher.share, teacher.trainable_bytes * teacher.share
-        part = Part(f"teacher{number} weights", weights, weights)
-        if place is not None and find_device(place) != self.device:
-            self.result.elsewhere.append(part._replace(name=f"{part.name} ({place})"))
+    def _count_teacher(self, teacher: _Model, number: str, place: str | None) -> None:
+        module = teacher.trainable_bytes * teacher.share
+        self._add(f"teacher{number} weights", teacher.bytes * teacher.share, place=place)
+        if place is not None:
             copy = teacher.head[0] * teacher.head[1] * teacher.head_dtype.itemsize
             self._add(f"copy of the teacher{number}'s head", copy)
-        else:
-            self.result.parts.append(part)
         if module:
             held, gradients = module + self._states(teacher), self._gradients(teacher)
-            self._add("online module, its states", held + gradients[0], held + gradients[1])
+            self._add("online module, its states", held + gradients[0], held + gradients[1], place=place)
             self.result.parameters["teacher's online module"] = teacher.trainable
         if self.method.needs_teacher:
-            self._count_pass(f"teacher{number}", teacher.trace, teacher.trainable > 0, self.args.online_every)
+            self._count_pass(f"teacher{number}", teacher.trace, teacher.trainable > 0, self.args.online_every, place)
 
-    def _count_pass(self, name: str, found: Trace | None, learns: bool, every: int = 1) -> None:
+    def _count_pass(
+        self, name: str, found: Trace | None, learns: bool, every: int = 1, place: str | None = None
+    ) -> None:
         """Of a model that learns at every so many steps: the mean step's work, and the memory of one where it does."""
         if found is None:
             return
@@ -468,8 +368,8 @@ class _Planner:
         dtype = str(self.autocast).removeprefix("torch.")
         if learns and self.args.gradient_checkpointing:
             saved, again = found.checkpointed()
-        self._add(f"{name} activations", saved, 0, is_certain=False)
-        self._add(f"{name} weights in {dtype}", found.copies, 0)
+        self._add(f"{name} activations", saved, 0, is_certain=False, place=place)
+        self._add(f"{name} weights in {dtype}", found.copies, 0, place=place)
         flops[f"{name} forward"] = steps * found.forward
         if learns:
             flops[f"{name} backward"] = steps * found.backward / every
@@ -513,7 +413,7 @@ class _Planner:
         if self.sharding == SHARDINGS["ddp"] and self.devices > 1:
             self._add("DDP's buckets", sum(model.trainable_bytes for model in models.values()))
 
-    def _count_the_rest(self, student: _Model, teachers: list[_Model]) -> None:
+    def _count_the_rest(self, teachers: list[_Model]) -> None:
         if self.sharding.weights:
             forward, update = (sum(sizes) for sizes in zip(*(part[1:3] for part in self.result.parts), strict=True))
             self._add(f"allocator's slack, {SLACK:.0%}", SLACK * forward, SLACK * update, is_certain=False)

@@ -26,11 +26,11 @@ from okd.clock import EVALUATING, Clock, timed
 from okd.data import Row
 from okd.durable import write_whole
 from okd.models import has_weights
+from okd.report import REPORT
 from okd.samples import shown_rows, token_divergences
 from okd.sharding import ranks
 from okd.teachers import Stored, as_it_was
 
-REPORT = "report.json"
 MOST_WARNINGS = 100
 
 
@@ -50,7 +50,7 @@ class Record:
         self.planned: float | None = None
         self.samples: list[dict[str, Any]] = []
         self.rows: Sequence[Row] = ()
-        self.speed: dict[str, float] = {}  # tokens a second in answering the prompts, all at once, by side
+        self.speed: dict[str, float] = {}  # by side, tokens a second in answering the prompts, all at once
         self.is_begun = False
 
     def __enter__(self) -> Record:
@@ -128,10 +128,14 @@ class Record:
 
     def _asked(self, side: str, model: Any, trainer: Any, config: Any) -> list[dict[str, Any]]:
         """The model's answers to the prompts; and the tokens that it writes a second."""
-        options = {"max_new_tokens": config.eval_max_new_tokens, "batch_size": len(self.rows), "progress": False}
+        options: dict[str, Any] = {"batch_size": len(self.rows), "progress": False}
+        generate_answers(model, trainer.tokenizer, self.rows, max_new_tokens=1, **options)  # a first call is slower
         started = time.perf_counter()
-        answers = generate_answers(model, trainer.tokenizer, self.rows, **options)
-        tokens = sum(len(answer["response"]) for answer in answers)
+        answers = generate_answers(
+            model, trainer.tokenizer, self.rows, max_new_tokens=config.eval_max_new_tokens, **options
+        )
+        # all rows go on until the last one ends: else a model with answers of one length would seem the faster one
+        tokens = len(answers) * max((len(answer["response"]) for answer in answers), default=0)
         self.speed[side] = round(tokens / (time.perf_counter() - started), 2)
         return answers
 

@@ -17,6 +17,9 @@ import yaml
 
 SEEDS = {"seed", "data_seed"}
 PLACES = {"output_dir", "logging_dir", "run_name"}  # options that say where a run is, not what
+# files of a run's directory
+CONFIG, LOG, FIGURES = "config.yaml", "log.jsonl", "metrics.json"
+BEFORE, REPORT = "before.json", "report.json"  # what was measured first, and the answers; what `okd.record` writes
 
 
 @dataclass
@@ -67,20 +70,20 @@ class Run:
 def read_run(path: str | Path) -> Run:
     """Raises FileNotFoundError for a directory that holds no run."""
     path = Path(path)
-    names = ("config.yaml", "log.jsonl", "metrics.json")
+    names = (CONFIG, LOG, FIGURES)
     if not any((path / name).is_file() for name in names):
         raise FileNotFoundError(
             f"{path}: expected the directory of a run, with {', '.join(names[:-1])} or {names[-1]}; got none of them: "
             "pass the --output-dir of okd train or okd demo"
         )
-    figures, before = _json(path / "metrics.json", {}), _json(path / "before.json", [{}])
+    figures, before = _json(path / FIGURES, {}), _json(path / BEFORE, [{}])
     return Run(
         path,
-        yaml.safe_load((path / "config.yaml").read_text()) if (path / "config.yaml").is_file() else {},
-        _lines(path / "log.jsonl"),
+        yaml.safe_load((path / CONFIG).read_text()) if (path / CONFIG).is_file() else {},
+        _lines(path / LOG),
         figures,
         figures.get("before") or before[0],
-        _json(path / "report.json", {}),
+        _json(path / REPORT, {}),
     )
 
 

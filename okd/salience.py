@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from okd.data import Batch, on_device
-from okd.models import decoder_modules, head_of, is_dispatched, response_rows
+from okd.models import decoder_modules, find_device, head_of, is_dispatched, response_rows
 from okd.objectives import Totals, divergence
 from okd.pair import StudentTeacher
 from okd_kernels import LinearHead
@@ -60,7 +60,7 @@ def saliency(
     """
     for model, device in ((student, args.device), (teacher, args.teacher_device or args.device)):
         if not is_dispatched(model):  # where the trainer will move it anyway
-            model.to(device)
+            model.to(find_device(device))
     matrices = {name: module.weight for name, module in decoder_modules(teacher) if type(module) in (nn.Linear, Conv1D)}
     if not matrices:
         raise ValueError(

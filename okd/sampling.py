@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
-from okd.answers import end_tokens, generate_responses, padding_token, prompt_and_reference
+from okd.answers import generate_responses, padding_token, prompt_and_reference
 from okd.data import (
     BOTH,
     IGNORE,
@@ -123,11 +123,12 @@ class Sampler:
         options: Any,
         pair: Any,
         tokenizer: Any,
+        ends: set[int],  # ids that end a response
         rows: Sequence[Row] = (),
         texts: Sequence[Row] = (),
         alignment: Any = None,  # with a teacher that has a tokenizer of its own
     ):
-        self.options, self.pair, self.tokenizer, self.alignment = options, pair, tokenizer, alignment
+        self.options, self.pair, self.tokenizer, self.ends, self.alignment = options, pair, tokenizer, ends, alignment
         self.method = options.resolved
         self.rows, self.texts = rows, texts
         self.collate = Collator(tokenizer.pad_token_id)
@@ -260,13 +261,12 @@ class Sampler:
                 "gamma": options.skd_gamma,
                 "top_k": options.skd_top_k,
             }
-        models = [student, None if teacher is None else teacher.model]
-        with evaluating(*models), self._author(writer) as author:
+        with evaluating(student, None if teacher is None else teacher.model), self._author(writer) as author:
             written = write(
                 author,
                 [one.prompt for one in answered],
                 [one.limit for one in answered],
-                ends=self._ends(*models),
+                ends=self.ends,
                 vocab_size=self._vocab_size(),
                 seeds=[seed_of(options.seed, self.step, one.name, writer) for one in answered],
                 together=self.together,
@@ -281,11 +281,10 @@ class Sampler:
 
     def _asked_for(self, rollouts: Rollouts, asked: Sequence[Asked]) -> list[list[int]]:
         """Responses of the student by a server."""
-        teacher = None if self.pair.teacher is None else self.pair.teacher.model
         responses = rollouts.write(
             asked,
             [seed_of(self.options.seed, self.step, one.name, STUDENT) for one in asked],
-            ends=self._ends(self.pair.student, teacher),
+            ends=self.ends,
             draw=self.method.draw,
         )
         self.note(generated_tokens=sum(map(len, responses)))
@@ -307,7 +306,7 @@ class Sampler:
                 written = generate_responses(
                     author,
                     [asked[i].prompt for i in at],
-                    ends=end_tokens(self.tokenizer, self.pair.student, author),
+                    ends=self.ends,
                     pad_token_id=padding_token(self.tokenizer),
                     max_new_tokens=limit,
                     batch_size=self.options.per_device_eval_batch_size,
@@ -326,9 +325,6 @@ class Sampler:
             return nullcontext(self.pair.student)
         teacher = self.pair.teacher  # a self-teacher keeps nothing of what it was: it writes as it is
         return teacher.as_it_was() if teacher.judges else nullcontext(teacher.model)
-
-    def _ends(self, *models: Any) -> set[int]:
-        return end_tokens(self.tokenizer, *models) if self.alignment is None else self.alignment.ends
 
     def _vocab_size(self) -> int:
         """Ids that both models know: one written by one of them is read by the other."""

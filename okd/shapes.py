@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from okd.models import _from_pretrained, _locate, adapter_base, hidden_states, is_adapter
+from okd.models import adapter_base, from_pretrained, hidden_states, is_adapter, locate
 
 # its numbers' types and formats; 8 is text, 9 an array
 GGUF_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -42,13 +42,13 @@ def read_config(source: str, **options: Any) -> Any:
     """The configuration of a model; of an adapter's directory, its base's. Raises as `load_model` does."""
     if is_adapter(source):
         return read_config(adapter_base(source), **options)
-    location = _locate(source)
+    location = locate(source)
     if "gguf_file" in location:
         try:
             return _gguf_config(Path(location["pretrained_model_name_or_path"]) / location["gguf_file"])
         except (KeyError, ValueError, TypeError, struct.error):
             pass
-    return _from_pretrained(AutoConfig, source, **options)
+    return from_pretrained(AutoConfig, source, **options)
 
 
 def _gguf_config(path: Path) -> Any:

@@ -33,7 +33,7 @@ class PlaceOptions:
     """Read by methods that are given a teacher, and by evaluations."""
 
     teacher_device: str | None = option(
-        None, "where the teacher is computed, such as cuda:1 or cpu; hidden states travel; default: with the student"
+        None, "where the teacher is computed, such as cuda:1 or cpu; default: with the student"
     )
 
 

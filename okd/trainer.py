@@ -12,8 +12,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.utils import logging
 
 from okd import checks
-from okd.alignment import alignment_of
-from okd.answers import end_tokens
+from okd.alignment import reading
 from okd.callbacks import AroundUpdate, Bar, Lines
 from okd.checkpoints import Checkpointing
 from okd.clock import BACKWARD, GENERATING, timed
@@ -21,18 +20,20 @@ from okd.config import OKDConfig
 from okd.data import Batch, Collator
 from okd.durable import Durable
 from okd.encoding import Stream, encoded_rows, in_lines
-from okd.ensemble import models_of
 from okd.evaluate import Evaluation
 from okd.filling import Filling
+from okd.finite import stop
 from okd.hub import Hub
 from okd.meters import LogFile, Logging, Meters, summed
 from okd.models import describe_parameters, tokenizer_of
 from okd.objectives import Totals
 from okd.pair import StudentTeacher
+from okd.preparing import place, prepare_teacher, refuse_elsewhere, with_cache
 from okd.sampling import Sampler
 from okd.selection import Policy
 from okd.sharding import Sharded, ranks, whole
 from okd.student import prepare_student
+from okd.vocabularies import check_aligned, check_ids, with_vocab_size
 from okd_kernels import DistillationLoss
 
 logger = logging.get_logger(__name__)
@@ -90,9 +91,8 @@ class OKDTrainer(Logging, Evaluation, Filling, Checkpointing, Sharded, Hub, Dura
         args = args or OKDConfig()
         checks.check_arguments(processing_class, kwargs)
         tokenizer = tokenizer_of(processing_class)
-        alignment = alignment_of(args, tokenizer, teacher_processing_class, student, teacher)
-        ends = end_tokens(tokenizer, student, *models_of(teacher)) if alignment is None else alignment.ends
-        args = checks.with_vocab_size(args, student, teacher, tokenizer, teacher_processing_class)
+        alignment, ends = reading(args, tokenizer, teacher_processing_class, student, teacher)
+        args = with_vocab_size(args, student, teacher, tokenizer, teacher_processing_class)
         datasets = (train_dataset, text_dataset, eval_dataset)
         train, texts, held_out = (encoded_rows(data, tokenizer, args, ends, alignment) for data in datasets)
         collator: Any = kwargs.pop("data_collator", None) or Collator(tokenizer.pad_token_id)
@@ -100,15 +100,15 @@ class OKDTrainer(Logging, Evaluation, Filling, Checkpointing, Sharded, Hub, Dura
         checks.check_student(student)
         rows = () if isinstance(train, Stream) else train or ()  # those of a stream are not known yet
         checks.check_data(args, train, rows, texts or ())
-        checks.check_ids(student, args, rows, texts, held_out)
+        check_ids(student, args, rows, texts, held_out)
         if alignment is not None:
-            checks.check_aligned(teacher, rows, held_out)
+            check_aligned(teacher, rows, held_out)
         checks.check_packed(args, student, teacher)
         outcomes = None if alignment is None else alignment.outcomes_of(student, teacher)
-        given, teacher = teacher, checks.prepare_teacher(teacher, args, student, rows, collator, outcomes)
-        teacher, cache = checks.with_cache(teacher, args, tokenizer, teacher_files)
+        given, teacher = teacher, prepare_teacher(teacher, args, student, rows, collator, outcomes)
+        teacher, cache = with_cache(teacher, args, tokenizer, teacher_files)
         collator = collator if cache is None else cache.collating(collator)
-        checks.place(teacher, given, args)
+        place(teacher, given, args)
         checks.check_writers(args, student, teacher)
         checks.warn_of_models(student, teacher, args, rows)
         pair = StudentTeacher(student, teacher, args)
@@ -132,11 +132,11 @@ class OKDTrainer(Logging, Evaluation, Filling, Checkpointing, Sharded, Hub, Dura
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         pair.is_replicated, pair.is_sharded = ranks() > 1 and not self.is_sharded, self.is_sharded
-        checks.refuse_elsewhere(self)
+        refuse_elsewhere(self)
         if isinstance(pair.selection, Policy) and pair.selection.reward == "dev":
             pair.selection.held_out = self.held_out_batches()
         self.alignment, self.cache = alignment, cache
-        self.sampler = Sampler(args, pair, tokenizer, rows, texts or (), alignment)
+        self.sampler = Sampler(args, pair, tokenizer, ends, rows, texts or (), alignment)
         self.meters, self.log_file = Meters(), LogFile(Path(str(args.output_dir)))
         self._step: list[tuple[list[str], DistillationLoss]] = []  # ids and losses of the micro-batches of a step
         self._last_batch: Batch | None = None
@@ -210,7 +210,7 @@ class OKDTrainer(Logging, Evaluation, Filling, Checkpointing, Sharded, Hub, Dura
         """Stop at a loss that is not finite, once a step; and leave sides alone that do not learn."""
         finite = torch.stack([torch.isfinite(loss.total.detach()) for _, loss in self._step])
         if summed((~finite).sum()).item():
-            checks.stop(self.state.global_step, str(self.args.output_dir), self._step, finite.tolist())
+            stop(self.state.global_step, str(self.args.output_dir), self._step, finite.tolist())
         for parameter in self.pair.idle():
             parameter.grad = None
 

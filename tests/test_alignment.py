@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from okd import OKDTrainer
-from okd.alignment import Alignment, responses, same_text
+from okd.alignment import Alignment, reading, responses, same_text
 from okd.cli import main
 from okd.data import IGNORE, Collator, Row, rows_of
 from okd.encoding import Encoder, encode
@@ -330,6 +330,16 @@ def test_what_the_student_writes_is_aligned_as_the_data_are(has_ended):
     given = Row(id="#1", input_ids=prompt + broken, labels=[IGNORE] * len(prompt) + broken)
     row = alignment.answered(given, before)
     assert text_before(alignment, row, row["aligned"][-1], 0) == b"caf"
+
+
+def test_a_teachers_ends_are_the_students_where_they_share_tokens(tmp_path):
+    student, teacher = tiny.llama(), tiny.llama(seed=1)
+    teacher.generation_config.eos_token_id = [7, 9]
+    for source, expected in ((None, {tiny.EOS, 7, 9}), ("auto", {tiny.EOS})):
+        args = tiny.config(tmp_path, method="forward_kd", teacher_tokenizer=source)
+        alignment, ends = reading(args, tiny.tokenizer(), tiny.tokenizer(), student, teacher)
+        assert ends == expected and (alignment is None) == (source is None)
+    assert alignment.ends == {tiny.EOS} and alignment.teacher_ends == {tiny.EOS, 7, 9}
 
 
 # --- training

@@ -11,13 +11,13 @@ from torch import nn
 
 from benchmarks import floor, methods, step
 from okd import OKDConfig
-from okd.checks import prepare_teacher
 from okd.data import Collator
 from okd.encoding import encode
 from okd.evaluate import evaluate
 from okd.models import load_model
 from okd.objectives import Totals
 from okd.pair import StudentTeacher
+from okd.preparing import prepare_teacher
 
 
 @pytest.fixture

@@ -308,6 +308,15 @@ def test_a_stream_is_refused(tmp_path):
         trainer_of(tmp_path, "run", "forward_kd", train=data, teacher_cache=str(tmp_path / "cache"))
 
 
+def test_a_stream_is_refused_beside_a_complete_cache(tmp_path, capsys):
+    """Before its rows are looked for there."""
+    tiny.save_inputs(tmp_path)
+    assert main(cached(tmp_path)) == 0
+    capsys.readouterr()
+    assert main(cached(tmp_path, "--stream", command="train")) == 2
+    assert "expected all training data at once with teacher_cache" in capsys.readouterr().err
+
+
 def test_the_lowest_layer_that_learns():
     model = tiny.llama(layers=4)
     assert first_trainable_layer(model) == 0

@@ -52,17 +52,18 @@ def test_the_packages_of_the_extra_are_those_that_are_asked_for():
 
 
 def test_what_to_do_next_is_said_beside_the_output(tmp_path, capsys, monkeypatch):
-    tiny.save_inputs(tmp_path)
-    student, data = tmp_path / "student", tmp_path / "eval.jsonl"
+    folder = tmp_path / "lr=3e-4"
+    tiny.save_inputs(folder)
+    student, data = folder / "student", folder / "eval.jsonl"
     monkeypatch.setattr("okd.run.run", lambda *_: None)
     monkeypatch.setattr("okd.plan.measured_tflops", lambda _: 1.0)
     measured = ["--student", str(student), "--data", str(data), "--answers", "0"]
-    models = ["--teacher", str(tmp_path / "teacher"), "--student", str(student), "--use-cpu"]
+    models = ["--teacher", str(folder / "teacher"), "--student", str(student), "--use-cpu"]
     trained = [*models, "--train-data", str(data), "--eval-data", str(data), "--output-dir", str(tmp_path / "a run")]
     at = shlex.quote(str(tmp_path / "a run" / "student"))
     for words, expected in (
         (["train", "okd", *trained], f'okd generate --model {at} --prompt "..."\n      okd evaluate --student {at} '
-         f"--teacher {tmp_path / 'teacher'} --data {data}"),
+         f"--teacher {folder / 'teacher'} --data {data}"),
         (["plan", "okd", *models], f"okd train okd {' '.join(models)} --train-data DATA.jsonl"),
         (["generate", "--model", str(student), "--prompt", "w2 w3"], f"okd evaluate --student {student} --data "),
         (["evaluate", *measured], f"okd generate --model {student}"),

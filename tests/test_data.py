@@ -13,7 +13,7 @@ from okd import data
 from okd.chat import APART, THOUGHTLESS
 from okd.data import Collator, rows_of, rows_written, seed_of, uniform
 from okd.encoding import Encoded, encode
-from okd.examples import read_jsonl, split_by_hash
+from okd.examples import read_jsonl
 from okd.models import response_rows
 
 CHATML = (
@@ -454,8 +454,7 @@ def test_rows_pass_through_under_the_same_rules():
 # --- Collator ---
 
 
-@pytest.mark.parametrize("multiple", [None, 1, 4, 7])
-def test_collator_equals_a_brute_force_loop_and_keeps_eos_where_pad_is_eos(multiple):
+def test_collator_equals_a_brute_force_loop_and_keeps_eos_where_pad_is_eos():
     pad = eos = 2
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -466,8 +465,8 @@ def test_collator_equals_a_brute_force_loop_and_keeps_eos_where_pad_is_eos(multi
         rows.append({"id": f"r{i}", "input_ids": input_ids, "labels": [-100, *labels[1:]]})
     rows[2]["input_ids"][3:] = rows[2]["labels"][3:] = [eos] * 5  # a response of eos = pad tokens only
 
-    batch = Collator(pad, multiple)(rows)
-    length = {None: 8, 1: 8, 4: 8, 7: 14}[multiple]
+    batch = Collator(pad)(rows)
+    length = 8
     positions, targets = [], []
     for b, row in enumerate(rows):
         missing = length - len(row["input_ids"])
@@ -492,7 +491,7 @@ def test_collated_positions_gather_the_tokens_before_the_encoded_response():
     tokenizer = make_tokenizer(CHATML)
     pairs = [("1+1?", "2"), ("Say abc", "abc")]
     examples = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
-    batch = Collator(tokenizer.pad_token_id, 8)(encode(examples, tokenizer, max_length=1000).rows)
+    batch = Collator(tokenizer.pad_token_id)(encode(examples, tokenizer, max_length=1000).rows)
     assert tokenizer.decode(batch["targets"]) == "2<|im_end|>abc<|im_end|>"
     assert tokenizer.decode(batch["input_ids"].flatten()[batch["positions"]]) == "\n2\nabc"
 
@@ -557,9 +556,8 @@ TOLD = [
 ]
 
 
-@pytest.mark.parametrize("multiple", [None, 8])
-def test_teacher_positions_predict_the_same_targets(multiple):
-    batch = Collator(2, multiple)(TOLD)
+def test_teacher_positions_predict_the_same_targets():
+    batch = Collator(2)(TOLD)
     ids, mask, positions = (batch[f"teacher_{name}"] for name in ("input_ids", "attention_mask", "positions"))
     width = 8
     assert ids.shape == mask.shape == (3, width)
@@ -606,7 +604,7 @@ def test_rows_of_a_batch_are_those_that_it_was_made_of():
     rows = [plain, {**plain, "writer": "student"}, {**plain, "writer": "text", "teacher": "math"}]
     assert rows_of(Collator(2)(rows)) == rows
     told = [*TOLD, {**TOLD[0], "writer": "both", "teacher": "chat"}]
-    assert rows_of(Collator(2, 8)(told)) == told
+    assert rows_of(Collator(2)(told)) == told
     silent = {"id": "s", "input_ids": [1, 2], "labels": [-100, -100], "teacher_prompt": [1, 2]}
     assert rows_of(Collator(2)([silent, TOLD[1]])) == [silent, TOLD[1]]
     mixed = [plain, TOLD[1]]  # one without is read by the teacher as by the student
@@ -646,7 +644,7 @@ def test_seeds_and_numbers_hang_on_their_parts_alone():
     assert uniform(7, "a") == seed_of(7, "a") / 2**63
 
 
-# --- split_by_hash ---
+# --- place_of ---
 
 
 def is_held_out(text, share=0.1):
@@ -655,15 +653,14 @@ def is_held_out(text, share=0.1):
 
 def test_split_is_a_function_of_the_prompt_alone():
     examples = [{"id": str(i), "prompt": f"What is {i}?", "completion": "?"} for i in range(3000)]
-    train, held_out = split_by_hash(examples)
+    train, held_out = tiny.split_by_hash(examples)
     oracle = [is_held_out(e["prompt"]) for e in examples]
     assert held_out == [e for e, out in zip(examples, oracle, strict=True) if out]
     assert train == [e for e, out in zip(examples, oracle, strict=True) if not out]
     assert 0.08 < len(held_out) / len(examples) < 0.12
-    assert split_by_hash(examples[::2])[1] == [e for e in examples[::2] if e in held_out]
-    more = split_by_hash(examples, held_out=0.3)[1]
+    assert tiny.split_by_hash(examples[::2])[1] == [e for e in examples[::2] if e in held_out]
+    more = tiny.split_by_hash(examples, 0.3)[1]
     assert {e["id"] for e in held_out} < {e["id"] for e in more}
-    assert split_by_hash(examples, 0) == (examples, []) and split_by_hash(examples, 1) == ([], examples)
 
 
 def test_a_line_more_moves_no_other_example_to_another_side(tmp_path):
@@ -672,7 +669,8 @@ def test_a_line_more_moves_no_other_example_to_another_side(tmp_path):
     sides = []
     for written in (lines, [*lines[:10], '{"text": "new"}', "{", *lines[10:]]):
         path.write_text("\n".join(written))
-        sides.append([{e["prompt"] for e in side if "prompt" in e} for side in split_by_hash(read_jsonl(path), 0.3)])
+        split = tiny.split_by_hash(read_jsonl(path), 0.3)
+        sides.append([{e["prompt"] for e in side if "prompt" in e} for side in split])
     assert sides[0] == sides[1] and len(sides[0][0]) + len(sides[0][1]) == 300 and 60 < len(sides[0][1]) < 120
 
 
@@ -693,15 +691,10 @@ def test_examples_of_one_prompt_lie_on_one_side():
         ([{"id": f"f:{i}", "bad": "no JSON"} for i in range(99)], lambda e: e["id"]),
         ([{"id": f"f:{i}", "messages": ["no turn", {}]} for i in range(99)], lambda e: e["id"]),
     ):
-        train, held_out = split_by_hash(examples, 0.3)
+        train, held_out = tiny.split_by_hash(examples, 0.3)
         assert held_out == [e for e in examples if is_held_out(text(e), 0.3)] and len(held_out) > 10
         assert train == [e for e in examples if not is_held_out(text(e), 0.3)]
 
 
 def test_split_takes_a_lone_surrogate():
-    assert sum(map(len, split_by_hash([{"prompt": "a\ud83d", "completion": "b"}]))) == 1
-
-
-def test_split_errors():
-    with pytest.raises(ValueError, match=r"expected held_out to be a fraction in \[0, 1\], got 10; pass 0.1"):
-        split_by_hash([], 10)
+    assert sum(map(len, tiny.split_by_hash([{"prompt": "a\ud83d", "completion": "b"}]))) == 1

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -21,7 +22,7 @@ from transformers import (
 )
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from okd import OKDTrainer, decoding
+from okd import OKDTrainer, checks, decoding
 from okd.data import seed_of
 from okd.decoding import Decoder, Draw, write
 
@@ -446,3 +447,35 @@ def test_recurrent_models_are_sampled_from_where_padding_changes_nothing(tmp_pat
     trainer(tmp_path, recurrent("mamba"), method="gkd", **alone).train()
     trainer(tmp_path, tiny.llama(), recurrent("mamba"), method="gkd")  # which only reads
     trainer(tmp_path, recurrent("mamba"), method="forward_kd")
+
+
+TRAIN, EVAL = (f"per_device_{use}_batch_size" for use in ("train", "eval"))
+
+
+@pytest.mark.parametrize(
+    ("method", "writer", "generate", "sizes", "named"),
+    [
+        ("distillm2", "student", "epoch", (1, 8), EVAL),
+        ("distillm2", "teacher", "epoch", (1, 8), EVAL),
+        ("distillm2", "student", "epoch", (4, 1), None),
+        ("distillm2", "student", "step", (4, 1), TRAIN),
+        ("distillm2", "student", "step", (1, 8), None),
+        ("seqkd", "teacher", "once", (4, 8), EVAL),
+        ("seqkd", "teacher", "once", (4, 1), None),
+        ("seqkd", "teacher", "once", (1, 8), None),  # what a batch of one row lacks
+    ],
+)
+def test_recurrent_models_are_judged_by_the_batches_that_they_write(tmp_path, method, writer, generate, sizes, named):
+    models = (recurrent("mamba"), None) if writer == "student" else (tiny.llama(), recurrent("mamba"))
+    options = {"method": method, "generate": generate, **dict(zip((TRAIN, EVAL), sizes, strict=True))}
+    refused = pytest.raises(ValueError, match=f"{writer} that .* takes padding for text .*: pass {named}=1, or choose")
+    with nullcontext() if named is None else refused:
+        trainer(tmp_path, *models, **options)
+
+
+def test_several_processes_search_beams_together(tmp_path, monkeypatch):
+    """Where they divide a teacher, of one row on each."""
+    run = trainer(tmp_path, tiny.llama(), recurrent("mamba"), method="seqkd", **{TRAIN: 1})
+    monkeypatch.setattr(checks, "ranks", lambda: 2)
+    with pytest.raises(ValueError, match=f"teacher that .* takes padding for text .*: pass {EVAL}=1"):
+        checks.check_writers(run.args, run.student, run.pair.teacher)

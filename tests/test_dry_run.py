@@ -68,6 +68,20 @@ def test_it_says_what_the_run_would_be_and_writes_nothing(folder, capsys, method
     assert ("lora_A" in text["Parameters"]) == ("teacher_adapter/" in text["Files"]) == args.online
     assert "student weights" in text["Memory"] and text["Steps"].startswith("7 steps")
     assert ("a stream" in text["Data"]) == config.stream and "held-out: " in text["Data"]
+    written = ("config.yaml", "log.jsonl", "before.json", "metrics.json", "report.json", "report.html", "student/")
+    assert set(written) <= set(text["Files"].split(": ", 1)[1].split(", "))
+
+
+def test_what_is_found_in_models_and_machine_is_no_option_that_somebody_chose(folder, capsys):
+    """The ids that padded heads share; that no memory is pinned where there is no GPU."""
+    tiny.llama(seed=1, vocab=80).config.save_pretrained(folder / "teacher")
+    for options in ((), ("--vocab-size", "60")):
+        given = arguments(folder, "okd", *options)
+        given.remove("--use-cpu")
+        assert main([*given, "--dry-run"]) == 0
+        said = capsys.readouterr().out
+        assert ("vocab_size: 60\n" in said) == ("vocab_size" in said) == bool(options)
+        assert "dataloader_pin_memory" not in said
 
 
 def test_a_directory_that_holds_a_run_is_said(folder, capsys):

@@ -16,8 +16,7 @@ from torch.utils import backend_registration
 from transformers import AutoModelForCausalLM
 
 import okd.models
-from okd import OKDTrainer, checks
-from okd.checks import prepare_teacher
+from okd import OKDTrainer, preparing
 from okd.cli import main, parse_train
 from okd.data import Collator
 from okd.encoding import encode
@@ -25,6 +24,7 @@ from okd.evaluate import evaluate
 from okd.exposure import exposure_bias
 from okd.online import attach_online_module
 from okd.pair import StudentTeacher
+from okd.preparing import prepare_teacher, refuse_elsewhere
 from okd.teachers import Frozen
 
 DEVICE = os.environ.get("OKD_TEST_DEVICE", "cpu")
@@ -223,18 +223,18 @@ def test_a_teacher_device_wants_a_teacher(options, got, tmp_path):
 @pytest.mark.parametrize("name", ["cuda:77", "nowhere"])
 def test_a_device_that_this_machine_has_not(name, tmp_path):
     with pytest.raises(ValueError, match=f"expected a device of this machine, such as cpu or cuda:1; got '{name}' "):
-        tiny.config(tmp_path, teacher_device=name)
+        trainer(tmp_path, teacher(), teacher_device=name)
 
 
 @near
 def test_several_processes_want_the_teacher_beside_the_student(offloaded, tmp_path, monkeypatch):
     run = trainer(tmp_path, offloaded())
-    monkeypatch.setattr(checks, "ranks", lambda: 2)
+    monkeypatch.setattr(preparing, "ranks", lambda: 2)
     with pytest.raises(
         ValueError, match=r"expected the teacher on cpu, as its student, in a run of 2 processes; got one"
     ):
-        checks.refuse_elsewhere(run)
-    checks.refuse_elsewhere(trainer(tmp_path, teacher(), teacher_device="cpu"))
+        refuse_elsewhere(run)
+    refuse_elsewhere(trainer(tmp_path, teacher(), teacher_device="cpu"))
 
 
 # --- from the command line
@@ -261,6 +261,19 @@ def test_devices_on_the_command_line(folder, capsys):
     assert found == pytest.approx(expected, rel=1e-5)
     assert main([*words, "--teacher-device", "nowhere"]) == 2
     assert "expected a device of this machine, such as cpu or cuda:1; got 'nowhere'" in capsys.readouterr().err
+
+
+@near
+@pytest.mark.parametrize(("command", "last"), [("train", []), ("train", ["--dry-run"]), ("cache", [])])
+@pytest.mark.parametrize("name", ["cuda:77", "nowhere"])
+def test_a_run_without_its_device_ends_before_it_begins(command, last, name, tmp_path, capsys):
+    """Neither models nor data are there, which it would miss next."""
+    words = [command, "okd", "--teacher", f"{tmp_path}/none", "--train-data", f"{tmp_path}/none.jsonl", *last]
+    words += ["--output-dir", f"{tmp_path}/run", "--teacher-device", name, "--device", "cpu"]
+    words += ["--teacher-cache", f"{tmp_path}/cache"] if command == "cache" else []
+    assert main(words) == 2
+    assert f"expected a device of this machine, such as cpu or cuda:1; got '{name}'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -23,11 +23,10 @@ from transformers import (
 from transformers.utils import logging
 
 from okd import OKDConfig, OKDTrainer
-from okd.checks import shared_vocab_size
 from okd.cli import main, parse_train
 from okd.encoding import encode
-from okd.models import check_tokenizers
 from okd.online import attach_online_module
+from okd.vocabularies import check_tokenizers, shared_vocab_size
 
 EXAMPLES = tiny.examples(8)
 

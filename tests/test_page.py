@@ -169,6 +169,14 @@ def test_seeds_of_one_configuration_have_a_mean_and_a_deviation(tmp_path, plain)
     assert "12.5 ± 9.0" in "".join(parsed(page(runs[:1])).text), "over seeds of its answers"
 
 
+def test_a_mean_over_seeds_takes_what_is_not_finite_or_not_there(tmp_path, plain):
+    """A perplexity may be infinite, and one run may have been stopped before it had any answers."""
+    found = {"perplexity": math.inf, "rouge_l": 1.0, "rouge_l_std": 7.0}, {"perplexity": 2.0}
+    runs = [read_run(a_run(tmp_path / str(i), seed=i, after=after)) for i, after in enumerate(found[::-1])]
+    said = "".join(parsed(page(runs)).text)
+    assert "90.00 ± 0.00 → inf" in said and "inf ±" not in said and "1.0 ± 7.0" in said
+
+
 def test_configurations_beside_one_another(tmp_path, plain):
     runs = [read_run(a_run(tmp_path / f"okd{i}", seed=i, after={"forward_kl": 0.5 + i})) for i in range(2)]
     runs.append(read_run(a_run(tmp_path / "kd", method="forward_kd", after={"forward_kl": 0.25}, temperature=2.0)))

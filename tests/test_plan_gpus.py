@@ -9,10 +9,11 @@ from test_plan import parts, planned, really_saved, save  # noqa: F401  (a fixtu
 from transformers import LlamaConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from okd.budget import GIB, check_fits
 from okd.cli import main, parse_train
 from okd.cluster import BUCKET, CARDS, sharding_of
 from okd.online import attach_online_module
-from okd.plan import GIB, check_fits, plan
+from okd.plan import plan
 
 N = 4  # devices
 
@@ -203,7 +204,7 @@ def test_what_fits_when_divided(tmp_path, models, caplog):
         check_fits(whole, whole.certain - 1)
     with pytest.raises(ValueError, match="divide the models among more devices, train a LoRA"):
         check_fits(divided, divided.certain - 1)
-    logger = logging.getLogger("okd.plan")
+    logger = logging.getLogger("okd.budget")
     logger.addHandler(caplog.handler)
     try:
         check_fits(divided, divided.peak - 1)
@@ -230,6 +231,22 @@ def test_the_network_joins_machines_and_the_card_says_the_rest(tmp_path, models,
     assert "pass --gpu or --bandwidth" in out
     assert main(["plan", *words, "--bandwidth", "0"]) == 2
     assert "expected --bandwidth above 0; got 0" in capsys.readouterr().err
+
+
+def test_a_teacher_on_a_gpu_that_this_machine_has_not(tmp_path, models, capsys):
+    options, _, _ = models
+    words = ["okd", "--teacher", options["teacher"], "--student", options["student"], "--max-length", "16", "--bf16"]
+    words += ["--output-dir", str(tmp_path / "out"), "--gpus", "1", "--gpu", "h100", "--teacher-device"]
+    assert main(["plan", *words, "cuda:77"]) == 0
+    out = capsys.readouterr().out
+    elsewhere = [line for line in out.splitlines() if "(not in the sum)" in line]
+    names = {"teacher weights", "teacher activations", "teacher weights in bfloat16", "online module, its states"}
+    assert {line.split(" (")[0] for line in elsewhere} == names  # weights in bfloat16: of the LoRA
+    assert {line.index("   (not") for line in elsewhere} == {54} and all("(cuda:77)" in line for line in elsewhere)
+    assert main(["plan", *words, "cuda"]) == 0
+    assert "(not in the sum)" not in capsys.readouterr().out
+    assert main(["plan", *words, "nowhere"]) == 2
+    assert "expected the teacher on a device such as cpu or cuda:1; got 'nowhere'" in capsys.readouterr().err
 
 
 def test_a_steps_time_lies_between_overlap_and_none(tmp_path, models):

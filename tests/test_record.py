@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -67,6 +68,22 @@ def test_pieces_are_what_each_token_adds():
     assert pieces(tokenizer, [5, 6, 1], {1}) == ["w5", " w6", END]
     characters = SimpleNamespace(batch_decode=lambda many: [bytes(ids).decode(errors="replace") for ids in many])
     assert pieces(characters, list("aßb".encode())) == ["a", "", "ß", "b"], "a character is its last byte's"
+
+
+def test_speed_is_that_of_a_warm_model(tmp_path, monkeypatch):
+    """The teacher is asked before anything else has run, the student after the training."""
+    asked = []
+
+    def generate(model, tokenizer, rows, **options):
+        time.sleep(0.01 if asked else 1.0)
+        asked.append(options["max_new_tokens"])
+        return [{"id": "a", "response": [5] * n} for n in (1, options["max_new_tokens"])]
+
+    monkeypatch.setattr("okd.record.generate_answers", generate)
+    record = Record(tiny.config(tmp_path))
+    record.rows = ROWS[:1]
+    record._asked("teacher", None, SimpleNamespace(tokenizer=None), SimpleNamespace(eval_max_new_tokens=8))
+    assert asked == [1, 8] and 100 < record.speed["teacher"] <= 1600, "of 16 tokens in more than 10 ms"
 
 
 # --- warnings

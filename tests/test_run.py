@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from okd import cli, layers, models
 from okd.cli import main, parse_train
-from okd.run import exact_config
+from okd.directory import exact_config
+from okd.ensemble import named_sources
+from okd.loading import teacher_sources
 
 
 @pytest.fixture(scope="module")
@@ -446,6 +448,18 @@ def test_routed_to_named_teachers(folder, tmp_path, capsys):
     assert found["after"]["forward_kl"] < found["before"]["forward_kl"]
 
 
+def test_a_teachers_name_is_a_word_before_an_equals_sign():
+    """Which a path may have, too."""
+    place = "runs/lr=3e-4/student"
+    found = named_sources([f"chat={place}", place, "code-1.5=b", "c", "./lr=1"])
+    assert found == {"chat": place, "2": place, "code-1.5": "b", "4": "c", "5": "./lr=1"}
+    for one in ("lr=3e-4/student", place):
+        config, args = parse_train(["okd", "--teacher", one, "--use-cpu"])
+        assert list(teacher_sources(config, args).values()) == [one]
+    with pytest.raises(ValueError, match="expected teachers as name=source, each name once; got 'chat='"):
+        named_sources(["chat="])
+
+
 # --- options ---
 
 
@@ -489,6 +503,7 @@ def test_the_written_config_holds_what_differs_from_either_default(tmp_path):
     again, args_again = parse_train(["--config", str(file), "--output-dir", str(tmp_path)])
     assert again.eval_examples is None and args_again.logging_steps == 500 and args_again.method == "okd"
     assert "eval_share" in file.read_text() and "deepspeed" not in file.read_text()
+    assert "dataloader_pin_memory" not in file.read_text(), "which is off where there is no GPU"
 
 
 def test_unknown_yaml_key_is_an_error(tmp_path):
@@ -599,6 +614,7 @@ def test_heads_of_different_sizes_take_the_ids_that_they_share(folder, tmp_path,
     fails(capsys, train(folder, output, *options, "--vocab-size", "80"), "expected vocab_size in [1, 64]")
     assert train(folder, output, *options, "--max-steps", "1") == 0
     assert yaml.safe_load((output / "config.yaml").read_text())["vocab_size"] == 64
+    assert "vocab_size" not in json.loads((output / "report.json").read_text())["options"], "nobody chose it"
     assert train(folder, output, *options, "--max-steps", "2", "--resume") == 0
     assert main(["evaluate", "--student", str(output / "student"), "--teacher", str(padded), "--file",
                  str(folder / "train.jsonl"), "--examples", "4", "--answers", "0"]) == 0  # fmt: skip

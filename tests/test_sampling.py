@@ -1,6 +1,7 @@
 """Who writes a batch: the policies by themselves, and whole runs of the methods that sample."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -85,6 +86,28 @@ def test_it_is_what_the_student_writes(tmp_path):
     assert responses(found) == expected.responses
 
 
+def test_a_response_ends_where_those_of_any_teacher_do(tmp_path):
+    """As the saved student will, though the first teacher knows nothing of the second one's end."""
+    teachers = {"a": tiny.llama(seed=1), "b": tiny.llama(seed=2)}
+    teachers["b"].generation_config.eos_token_id = [7, 9]
+    method = dataclasses.replace(METHODS["routed"], name="mine", responses=sampling.student)
+    args = tiny.config(tmp_path, method=method, max_new_tokens=20)
+    data = [{**example, "teacher": "a"} for example in tiny.examples()]
+    run = OKDTrainer(tiny.llama(), teachers, args, data, processing_class=tiny.tokenizer())
+    found = responses(run.sampler.respond(rows(24)))
+    expected = write(
+        run.student.eval(),
+        [row["input_ids"][:3] for row in rows(24)],
+        [20] * 24,
+        ends=[tiny.EOS, 7, 9],
+        vocab_size=tiny.VOCAB,
+        seeds=seeds(n=24),
+        draw=Draw(),
+    )
+    assert found == expected.responses and {7, 9} & {response[-1] for response in found}
+    assert run.ends == {tiny.EOS, 7, 9}
+
+
 def test_rows_that_cannot_be_written_stay(tmp_path):
     text = {"id": "text", "input_ids": [4, 5, 6], "labels": [-100, 5, 6]}
     long = {"id": "long", "input_ids": [*range(2, 34), 6], "labels": [-100] * 32 + [6]}
@@ -99,20 +122,20 @@ def test_rows_that_cannot_be_written_stay(tmp_path):
     assert sampling.paired(sampler, [text, turns])[0] == text, "once, not twice"
 
 
-def test_no_row_is_longer_than_the_positions_of_a_model(tmp_path, monkeypatch):
+def test_no_row_is_longer_than_the_positions_of_a_model(tmp_path):
     sampler = trainer(tmp_path, max_new_tokens=500).sampler  # max_length 512, 64 positions
-    monkeypatch.setattr(sampling, "end_tokens", lambda *_: set())  # never ends
+    sampler.ends = set()  # never ends
     assert [len(row["input_ids"]) for row in sampler.respond(rows(2))] == [64, 64]
 
 
-def test_a_response_fits_behind_the_teachers_prompt_too(tmp_path, monkeypatch):
+def test_a_response_fits_behind_the_teachers_prompt_too(tmp_path):
     """The row has max_length, of each model's positions what it reads counts."""
-    monkeypatch.setattr(sampling, "end_tokens", lambda *_: set())  # never ends
     short, long = [3, 4, 5], [3 + i % 40 for i in range(60)]
     told = {"id": "told", "input_ids": [*short, 6], "labels": [-100] * 3 + [6], "teacher_prompt": long}
     knows = {"id": "knows", "input_ids": [*long, 6], "labels": [-100] * 60 + [6], "teacher_prompt": short}
     full = {**told, "id": "full", "teacher_prompt": [*long, *range(2, 6)]}
     sampler = trainer(tmp_path, max_new_tokens=30, max_length=62).sampler  # both models have 64 positions
+    sampler.ends = set()  # never ends
     for writer in ("student", "teacher"):
         found = sampler.respond([told, knows, full], writer)
         assert [len(row["labels"]) - row["labels"].count(-100) for row in found] == [4, 2, 1]

@@ -13,7 +13,7 @@ from okd import OKDTrainer
 from okd.cli import main, parse_train
 from okd.data import Rows
 from okd.encoding import Encoded, Encoder, Stream, encode
-from okd.examples import place_of, split_by_hash
+from okd.examples import place_of
 from okd.sources import DataOptions, encode_all, open_all, open_data
 
 
@@ -250,7 +250,7 @@ def test_the_held_out_side_is_that_of_the_hash_of_the_prompt(tmp_path):
     given = [{"id": str(i), **example} for i, example in enumerate(pairs(60))]
     path = write(tmp_path / "train.jsonl", given)
     data = load(tmp_path, DataOptions(train_data=[path], eval_share=0.3))
-    train, held_out = split_by_hash(given, 0.3)
+    train, held_out = tiny.split_by_hash(given, 0.3)
     assert [row["id"] for row in data["train"].rows] == [example["id"] for example in train]
     assert [row["id"] for row in data["held-out"].rows] == [example["id"] for example in held_out]
     assert all(0 <= place_of(example) < 1 for example in given) and data["text"] is None
@@ -342,7 +342,7 @@ def test_streamed_files_are_split_mixed_and_shuffled(tmp_path):
     files = [write(tmp_path / f"{name}.jsonl", pairs(40)) for name in "ab"]
     options = {"train_data": files, "stream": True, "stream_buffer": 16, "eval_share": 0.3, "eval_examples": 6}
     data = load(tmp_path, DataOptions(**options, train_weights=[1, 1]))
-    train, _ = split_by_hash(pairs(40), 0.3)
+    train, _ = tiny.split_by_hash(pairs(40), 0.3)
     order = [row["id"] for row in data["train"]]
     assert len(set(order)) == 2 * len(train) and order != sorted(order)
     assert order == [row["id"] for row in data["train"]]

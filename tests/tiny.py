@@ -54,6 +54,16 @@ def examples(n=24, seed=0):
     return result
 
 
+def split_by_hash(given, share=0.1):
+    """(train, held out), as a run divides examples."""
+    from okd.examples import place_of
+
+    sides = [], []
+    for example in given:
+        sides[place_of(example) < share].append(example)
+    return sides
+
+
 def config(folder, **options):
     """A few steps on the CPU, each logged, nothing saved."""
     from okd import OKDConfig
