@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from okd.layers import decoder_of
 from okd.models import device_of, head_of, hidden_states, relative_error, rounding
 
 # Layers whose cache has a column for each token; that of others is a state that all tokens have gone into.
@@ -89,8 +90,7 @@ class Decoder:
         self.device = device_of(model) if device is None else device
         self.head = head_of(model, self.device)
         self.cache = DynamicCache() if rollback else DynamicCache(config=model.config)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        parameters = inspect.signature(base.get_decoder().forward).parameters
+        parameters = inspect.signature(decoder_of(model).forward).parameters
         self.keyword = "cache" if "cache" in parameters else "past_key_values"  # transformers 5.24 renamed it
 
     def feed(

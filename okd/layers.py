@@ -167,9 +167,14 @@ def states_above(decoder: Any, layer: int, states: Tensor, **inputs: Any) -> Ten
     return hidden
 
 
+def base_of(model: Any) -> Any:
+    """The causal LM: the model, or what a PEFT model is around."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def decoder_of(model: Any) -> Any:
     """Of a model, or of a PEFT model around one."""
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
+    return base_of(model).get_decoder()
 
 
 def first_trainable_layer(model: Any) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from okd.clock import STUDENT, TEACHER, timed
-from okd.layers import decoder_of, states_above
+from okd.layers import base_of, decoder_of, states_above
 from okd.sharding import shape_of, whole
 from okd_kernels import LinearHead, has_fast_gemm
 
@@ -276,8 +276,7 @@ def head_of(model: Any, device: torch.device | None = None) -> LinearHead:
         return head
     if head.weight.requires_grad and not head.weight.is_meta:
         return head.to(device)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layer = base.get_output_embeddings()
+    layer = base_of(model).get_output_embeddings()
     layer = getattr(layer, "base_layer", layer)
     state = device, None if head.weight.is_meta else head.weight._version
     if layer not in _copied_heads or _copied_heads[layer][0] != state:
@@ -289,8 +288,7 @@ def head_of(model: Any, device: torch.device | None = None) -> LinearHead:
 
 def vocabulary_of(model: Any) -> int:
     """Rows of its head, wherever they are."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layer = base.get_output_embeddings()
+    layer = base_of(model).get_output_embeddings()
     return LinearHead.from_model(model).weight.shape[0] if layer is None else shape_of(layer.weight)[0]
 
 
@@ -386,15 +384,10 @@ def check_head(model: Any, name: str) -> None:
     """Raise ValueError unless head(hidden states) are the model's own logits: nothing between them is left out."""
     input_ids = torch.arange(1, 9, device=device_of(model)).unsqueeze(0)
     mask = torch.ones_like(input_ids)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            hidden = hidden_states(model, input_ids, mask)
-            ours = head_of(model, hidden.device).logits(hidden)
-            theirs = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, -8:].to(ours.device)
-    finally:
-        model.train(training)
+    with evaluating(model):
+        hidden = hidden_states(model, input_ids, mask)
+        ours = head_of(model, hidden.device).logits(hidden)
+        theirs = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, -8:].to(ours.device)
     difference = (ours.float() - theirs.float()).abs().max().item()
     if not difference <= 0.05 * (1 + theirs.float().abs().max().item()):
         raise ValueError(

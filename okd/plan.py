@@ -19,7 +19,7 @@ from transformers.utils import logging
 from okd import mixup, sampling
 from okd.budget import Part, Plan
 from okd.cluster import SHARDINGS, SLACK, Cluster, sharding_of
-from okd.layers import keep_layers, parse_layers
+from okd.layers import decoder_of, keep_layers, parse_layers
 from okd.loading import config_of, given_options, teacher_sources, whole_teachers
 from okd.models import is_adapter
 from okd.online import online_config
@@ -271,8 +271,7 @@ class _Planner:
         elif self.sharding.weights and self.autocast is not None:  # accelerate widens what trains
             for p in (p for p in model.parameters() if p.requires_grad):
                 p.data = p.data.float()
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        linear = {id(m.weight) for m in base.get_decoder().modules() if isinstance(m, nn.Linear)}
+        linear = {id(m.weight) for m in decoder_of(model).modules() if isinstance(m, nn.Linear)}
         training = [p for p in model.parameters() if p.requires_grad]
         weights = [p for p in model.parameters() if not (p.requires_grad and hasattr(model, "peft_config"))]
         n_bytes = sum(p.numel() * (bits / 8 if bits and id(p) in linear else p.element_size()) for p in weights)
@@ -283,7 +282,7 @@ class _Planner:
             n, trains, of_training = n + trainable, trainable, trainable * self.wide.itemsize
         if self.sharding.weights and self.autocast is not None:  # they are gathered as the products take them
             model.to(self.autocast)
-        found, head = self._traced(role, model), base.get_output_embeddings().weight
+        found, head = self._traced(role, model), model.get_output_embeddings().weight
         return _Model(model, config, n, n_bytes, trains, of_training, found, tuple(head.shape), head.dtype, share)
 
     def _traced(self, role: str, model: Any) -> Trace | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from okd.data import Batch
+from okd.layers import base_of
 from okd.objectives import Loss, Totals
 from okd_kernels import DistillationLoss
 
@@ -33,7 +34,7 @@ class Routers:
     """
 
     def __init__(self, model: Any, coefficient: float | None = None):
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         config = base.config.get_text_config()
         files = (sys.modules[cls.__module__] for cls in type(base).__mro__)  # a subclass may stand elsewhere
         function: Any = next((f for file in files if (f := getattr(file, "load_balancing_loss_func", None))), None)
