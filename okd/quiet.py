@@ -11,6 +11,7 @@ from collections.abc import Callable
 UNASKED = {  # logger -> a part of its message
     "torchao": "Failed to load",  # kernels of other machines; transformers imports it wherever it is installed
     "torch.utils._pytree": "register_constant",  # by torchao, of its own enumerations
+    "bitsandbytes.backends.cpu.ops": "gemm_4bit_forward",  # of a hub; PEFT imports it wherever it is installed
     "DeepSpeed": "Setting accelerator to CPU",  # accelerate imports it wherever it is installed
 }
 

@@ -176,7 +176,7 @@ def test_a_teacher_in_a_cache_answers_but_does_not_colour(folder, tmp_path, top_
         found = record_of(folder, tmp_path / name, *cache, method="forward_kd")
         assert all(sample["after"]["tokens"] is None for sample in found["samples"])
         assert ("teacher" in found["samples"][0]) == (name == "first"), "the second run has no need of its weights"
-    assert found["seconds"]["teacher's cache"] > 0
+    assert "teacher's cache" in found["seconds"]
 
 
 @pytest.mark.slow
