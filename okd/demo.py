@@ -60,4 +60,9 @@ def story(run: Run) -> str:
             "Meanwhile the teacher learned, too: its online module, from the references and from what the\n"
             f"student finds likely. It has moved by {shifts[-1][1]:.3f} nats a token from the one that judges above"
         )
+    if run.figures.get("method") == "okd":
+        said.append(
+            "On these questions, which the teacher knows, plain forward KD comes nearer to it, in less time: try\n"
+            "okd demo --method forward_kd --output-dir okd-output/forward_kd, and okd report of both"
+        )
     return "\n".join(f"{sentence}." for sentence in said)

@@ -77,14 +77,15 @@ class Record:
         with timed(EVALUATING), trainer.accelerator.autocast(), inside as model:
             if model is None or not has_weights(model):
                 return
-            answers = self._asked("teacher", model, trainer, config)
+            answers = self._asked(model, trainer, config.eval_max_new_tokens)
+            self._time("teacher", model, trainer, config.eval_max_new_tokens)
         self._add({answer["id"]: {"teacher": answer["answer"]} for answer in answers})
 
     def compare_speed(self, trainer: Any, config: Any) -> None:
         """Where the teacher's speed was measured, the student's: on the same prompts, some of which it has answered."""
         if "teacher" in self.speed:
             with timed(EVALUATING), trainer.accelerator.autocast():
-                self._asked("student", trainer.pair.student, trainer, config)
+                self._time("student", trainer.pair.student, trainer, config.eval_max_new_tokens)
 
     def answered(self, when: str, trainer: Any, judge: Any, answers: Sequence[Mapping[str, Any]]) -> None:
         """The student's answers `before` or `after`, and how far it is from the teacher at each token of them."""
@@ -126,18 +127,18 @@ class Record:
         }
         write_whole(self.directory / REPORT, json.dumps(contents))
 
-    def _asked(self, side: str, model: Any, trainer: Any, config: Any) -> list[dict[str, Any]]:
-        """The model's answers to the prompts; and the tokens that it writes a second."""
-        options: dict[str, Any] = {"batch_size": len(self.rows), "progress": False}
-        generate_answers(model, trainer.tokenizer, self.rows, max_new_tokens=1, **options)  # a first call is slower
+    def _asked(self, model: Any, trainer: Any, tokens: int, **options: Any) -> list[dict[str, Any]]:
+        """The model's answers to the prompts, all at once, of at most so many tokens."""
+        options |= {"max_new_tokens": tokens, "batch_size": len(self.rows), "progress": False}
+        return generate_answers(model, trainer.tokenizer, self.rows, **options)
+
+    def _time(self, side: str, model: Any, trainer: Any, tokens: int) -> None:
+        """Of answers that end nowhere: else a model whose answers are of one length would seem the faster one. The
+        model has answered before, as a first call is slower."""
         started = time.perf_counter()
-        answers = generate_answers(
-            model, trainer.tokenizer, self.rows, max_new_tokens=config.eval_max_new_tokens, **options
-        )
-        # all rows go on until the last one ends: else a model with answers of one length would seem the faster one
-        tokens = len(answers) * max((len(answer["response"]) for answer in answers), default=0)
-        self.speed[side] = round(tokens / (time.perf_counter() - started), 2)
-        return answers
+        answers = self._asked(model, trainer, tokens, min_new_tokens=tokens)
+        written = sum(len(answer["response"]) for answer in answers)
+        self.speed[side] = round(written / (time.perf_counter() - started), 2)
 
     def _add(self, found: Mapping[str, Mapping[str, Any]]) -> None:
         for sample in self.samples:

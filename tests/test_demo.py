@@ -31,5 +31,7 @@ def test_story_says_what_was_recorded(tmp_path):
     assert "113 M of the teacher's 134 M parameters" in told
     assert "41 tokens a second, the teacher with 33" in told
     assert "moved by 0.012 nats" in told
-    assert "LoRA" not in story(Run(tmp_path, record=record)), "of a frozen teacher nothing"
+    assert "Meanwhile" not in story(Run(tmp_path, record=record)), "of a frozen teacher nothing"
     assert story(Run(tmp_path)) == ""
+    assert "forward KD comes nearer" in story(Run(tmp_path, figures={"method": "okd"}))
+    assert story(Run(tmp_path, figures={"method": "forward_kd"})) == ""

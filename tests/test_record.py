@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 import warnings
 from types import SimpleNamespace
 
@@ -70,20 +69,18 @@ def test_pieces_are_what_each_token_adds():
     assert pieces(characters, list("aßb".encode())) == ["a", "", "ß", "b"], "a character is its last byte's"
 
 
-def test_speed_is_that_of_a_warm_model(tmp_path, monkeypatch):
-    """The teacher is asked before anything else has run, the student after the training."""
-    asked = []
-
-    def generate(model, tokenizer, rows, **options):
-        time.sleep(0.01 if asked else 1.0)
-        asked.append(options["max_new_tokens"])
-        return [{"id": "a", "response": [5] * n} for n in (1, options["max_new_tokens"])]
-
-    monkeypatch.setattr("okd.record.generate_answers", generate)
-    record = Record(tiny.config(tmp_path))
-    record.rows = ROWS[:1]
-    record._asked("teacher", None, SimpleNamespace(tokenizer=None), SimpleNamespace(eval_max_new_tokens=8))
-    assert asked == [1, 8] and 100 < record.speed["teacher"] <= 1600, "of 16 tokens in more than 10 ms"
+def test_speed_is_that_of_answers_of_one_length(tmp_path):
+    """Of a model that would end at once: every answer has the length that is asked for."""
+    student, record = tiny.llama(), Record(tiny.config(tmp_path))
+    record.rows, trainer = [ROWS[0], ROWS[2]], SimpleNamespace(tokenizer=tiny.tokenizer())
+    with torch.no_grad():
+        student.lm_head.weight[tiny.EOS] = 9 * student.lm_head.weight[9]  # tied: a token's own direction, and its end's
+    record._asked = lambda *args, asked=record._asked, **options: seen.append(asked(*args, **options)) or seen[-1]
+    seen = []
+    record._time("student", student, trainer, 12)
+    assert [len(answer["response"]) for answer in seen[0]] == [12, 12] and record.speed["student"] > 0
+    ended = generate_answers(student, tiny.tokenizer(), record.rows, max_new_tokens=12, progress=False)
+    assert min(len(answer["response"]) for answer in ended) < 12, "without"
 
 
 # --- warnings
