@@ -78,14 +78,9 @@ class Record:
             if model is None or not has_weights(model):
                 return
             answers = self._asked(model, trainer, config.eval_max_new_tokens)
-            self._time("teacher", model, trainer, config.eval_max_new_tokens)
+            for side, one in (("teacher", model), ("student", trainer.pair.student)):  # one after the other
+                self._time(side, one, trainer, config.eval_max_new_tokens)
         self._add({answer["id"]: {"teacher": answer["answer"]} for answer in answers})
-
-    def compare_speed(self, trainer: Any, config: Any) -> None:
-        """Where the teacher's speed was measured, the student's: on the same prompts, some of which it has answered."""
-        if "teacher" in self.speed:
-            with timed(EVALUATING), trainer.accelerator.autocast():
-                self._time("student", trainer.pair.student, trainer, config.eval_max_new_tokens)
 
     def answered(self, when: str, trainer: Any, judge: Any, answers: Sequence[Mapping[str, Any]]) -> None:
         """The student's answers `before` or `after`, and how far it is from the teacher at each token of them."""
@@ -133,8 +128,8 @@ class Record:
         return generate_answers(model, trainer.tokenizer, self.rows, **options)
 
     def _time(self, side: str, model: Any, trainer: Any, tokens: int) -> None:
-        """Of answers that end nowhere: else a model whose answers are of one length would seem the faster one. The
-        model has answered before, as a first call is slower."""
+        """Of answers that end nowhere: else a model whose answers are of one length would seem the faster one."""
+        self._asked(model, trainer, 1)  # a first call is slower
         started = time.perf_counter()
         answers = self._asked(model, trainer, tokens, min_new_tokens=tokens)
         written = sum(len(answer["response"]) for answer in answers)

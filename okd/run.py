@@ -215,7 +215,6 @@ def _run(
         with timed(SAVING), writing(output_dir / STUDENT, output_dir):
             trainer.save_model(str(output_dir))
         after = measured("after")
-        record.compare_speed(trainer, config)
         if args.process_index == 0:
             send(trainer, "after", after[0], trainer.state.global_step)
 

@@ -1,6 +1,5 @@
 """okd.clock: each second belongs to one part, and all of them together are the run's."""
 
-
 import pytest
 
 from okd import clock
