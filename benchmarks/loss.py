@@ -179,7 +179,8 @@ def measure(
         if against and not c.frozen_head:  # whose gradients "before" has, too
             row["over_before"] = statistics.median(map(truediv, times[c.name], times[BEFORE]))
         rows.append(row)
-    return {"case": asdict(case), "floor_s": floors[0], "plain_s": floors[1], "candidates": rows}
+    described = asdict(case) | {"rows": Path(case.rows).name}
+    return {"case": described, "floor_s": floors[0], "plain_s": floors[1], "candidates": rows}
 
 
 def over_before(row: dict[str, Any]) -> str:
@@ -369,7 +370,8 @@ def main() -> None:
     default = Path(__file__).parent / "results" / f"{about['date'][:19].replace(':', '')}-{args.device}-{label}.json"
     path = args.output or default
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items() if name != "against"}
+    told = {name: x for name, x in vars(args).items() if name not in ("against", "memory_job")}
+    options = {name: x.name if isinstance(x, Path) else x for name, x in told.items()}  # files, not where they lie
     results = []
     for divergence in args.divergence.split(","):
         chosen = [name for name in names if name in peers.names(divergence)]

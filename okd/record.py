@@ -68,7 +68,7 @@ class Record:
             self.write()
 
     def choose(self, trainer: Any, judge: Any, config: Any) -> None:
-        """The prompts; and the answers to them of the teacher as it was, where it is whole in memory."""
+        """The prompts; and, where the teacher as it was is whole in memory, its answers and both models' speed."""
         args, self.rows = trainer.args, shown_rows(islice(trainer.eval_dataset, config.eval_answers))
         self.samples = [{"id": row["id"]} for row in self.rows]
         if not self.rows or judge is None or trainer.is_sharded or "aligned" in self.rows[0]:

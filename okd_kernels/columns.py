@@ -213,7 +213,7 @@ class Compaction:
         for k in counts:
             for tried in (few, every):
                 found = self._keep(gradient[tried], order[:k], total[tried])
-                if found[2].norm() > bound * probes[tried].norm():
+                if not found[2].norm() <= bound * probes[tried].norm():  # nor where it is NaN
                     break
             else:
                 return found
